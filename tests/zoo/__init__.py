@@ -1,0 +1,1 @@
+"""Small networks that each show one way in which channels are coupled."""

@@ -1,0 +1,276 @@
+"""Attention gates, raw and shared parameters, several inputs and outputs, stochastic layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.case import Case, Head, Inputs, conv_bn
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.squeeze, self.excite = nn.Linear(13, 5), nn.Linear(5, 13)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, c, _, _ = x.size()
+        gate = F.adaptive_avg_pool2d(x, 1).view(b, c)
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(gate)))).view(b, c, 1, 1)
+        return self.head(self.last(x * gate.expand_as(x)))
+
+
+class RawScale(nn.Module):
+    """Layer scale as a raw parameter, once as [1, C, 1, 1] and once viewed from [C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.scale = nn.Parameter(torch.ones(1, 13, 1, 1))
+        self.conv = nn.Conv2d(13, 11, 3, padding=1)
+        self.gamma = nn.Parameter(torch.ones(11))
+        self.shift = nn.Parameter(torch.zeros(11, 1, 1))
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.stem(x) * self.scale)
+        return self.head(torch.sigmoid(x * self.gamma.view(1, -1, 1, 1) + self.shift))
+
+
+class FunctionalConv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(13, 3, 3, 3))
+        self.b1 = nn.Parameter(torch.randn(13))
+        self.w2 = nn.Parameter(torch.randn(11, 13, 3, 3))
+        self.w3 = nn.Parameter(torch.randn(7, 11))
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.w1, self.b1, padding=1))
+        x = F.relu(F.conv2d(x, self.w2)).mean((2, 3))
+        return self.head(torch.tanh(x @ self.w3.t()))
+
+
+class SharedConv(nn.Module):
+    """One convolution applied twice ties its outputs to its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.shared = nn.Conv2d(13, 13, 3, padding=1)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.shared(self.stem(x)))
+        return self.head(self.last(F.relu(self.shared(x))))
+
+
+class TiedConvs(nn.Module):
+    """Two convolutions own the same weight tensor, with a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.a, self.b = nn.Conv2d(13, 11, 3, padding=1), nn.Conv2d(13, 11, 3, padding=1)
+        self.b.weight = self.a.weight
+        self.mix = conv_bn(22, 7)
+        self.head = Head(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.mix(torch.cat([self.a(x), F.relu(self.b(x))], 1)))
+
+
+class TiedAutoencoder(nn.Module):
+    """The decoder reads with the transposed weight of the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(11, 17)
+        self.middle = nn.Linear(17, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.middle(F.relu(self.encode(x))))
+        return F.linear(x, self.encode.weight.t())
+
+
+class FrozenFirstLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+        self.stem.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.stem(x)))
+
+
+class BroadcastGate(nn.Module):
+    """A one-channel gate multiplies all channels and ties none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.gate = nn.Conv2d(13, 1, 1)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.last(x * torch.sigmoid(self.gate(x))))
+
+
+class SpatialAttention(nn.Module):
+    """CBAM's spatial gate: mean and maximum over channels, which change with their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.gate = nn.Conv2d(1, 1, 3, padding=1)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.last(x * torch.sigmoid(self.gate(x.mean(1, keepdim=True)))))
+
+
+class GroupNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.GroupNorm(3, 12)
+        self.last = conv_bn(12, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(F.relu(self.norm(self.stem(x)))))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.depth = conv_bn(3, 11), conv_bn(1, 7)
+        self.mix = conv_bn(18, 13)
+        self.head = Head(13)
+
+    def forward(self, image: Tensor, depth: Tensor) -> Tensor:
+        return self.head(self.mix(torch.cat([self.image(image), self.depth(depth)], 1)))
+
+
+class ManyOutputs(nn.Module):
+    """A dictionary of logits and of a pair; the returned feature map keeps its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shown = conv_bn(3, 13), conv_bn(13, 7)
+        self.last = conv_bn(7, 11)
+        self.head, self.boxes = Head(11), nn.Conv2d(11, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        shown = self.shown(self.stem(x))
+        last = self.last(shown)
+        return {"logits": self.head(last), "maps": (shown, self.boxes(last))}
+
+
+class Dropouts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.drop2d = nn.Dropout2d(0.3)
+        self.last = conv_bn(13, 11)
+        self.drop = nn.Dropout(0.5)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.last(self.drop2d(self.stem(x)))))
+
+
+class WidthScale(nn.Module):
+    """The number of channels is read as a number: it must stay the original one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.last(x * x.size(1) ** -0.5)
+        return self.head(x / x.shape[1])
+
+
+class SharedBatchNorm(nn.Module):
+    """One batch norm normalises two branches and so ties them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 11, 3), nn.Conv2d(3, 11, 3)
+        self.bn = nn.BatchNorm2d(11)
+        self.mix = conv_bn(22, 7)
+        self.head = Head(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(torch.cat([self.bn(self.a(x)), F.relu(self.bn(self.b(x)))], 1)))
+
+
+class UnusedLayer(nn.Module):
+    """A layer that forward never calls must survive as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.spare = nn.Conv2d(13, 11, 3)
+        self.last = conv_bn(13, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.stem(x)))
+
+
+def two_inputs(batch: int, height: int, width: int, generator: torch.Generator) -> Inputs:
+    """Return a dictionary of keyword inputs for ``TwoInputs``."""
+    depth = torch.randn(batch, 1, height, width, generator=generator, dtype=torch.float64)
+    image = torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
+    return {"depth": depth, "image": image}
+
+
+def two_positional(batch: int, height: int, width: int, generator: torch.Generator) -> Inputs:
+    """Return a tuple of positional inputs for ``TwoInputs``."""
+    inputs = two_inputs(batch, height, width, generator)
+    return inputs["image"], inputs["depth"]
+
+
+def eleven(batch: int, height: int, width: int, generator: torch.Generator) -> Inputs:
+    """Return ``[batch, 11]`` vectors."""
+    return torch.randn(batch, 11, generator=generator, dtype=torch.float64)
+
+
+CASES: dict[str, Case] = {
+    "squeeze_excite": Case(SqueezeExcite, 13 + 5 + 11),
+    "raw_scale": Case(RawScale, 13 + 11),
+    "functional_conv": Case(FunctionalConv, 13 + 11 + 7, readers={"w2": 1, "w3": 1}),
+    "shared_conv": Case(SharedConv, 13 + 11),
+    "tied_convs": Case(TiedConvs, 11 + 13 + 7),
+    "tied_autoencoder": Case(TiedAutoencoder, 17, eleven, fixed=(), resizes=False),
+    "frozen_first_layers": Case(FrozenFirstLayers, 13 + 11),
+    "broadcast_gate": Case(BroadcastGate, None, fixed=("head", "gate")),
+    "spatial_attention": Case(SpatialAttention, None, fixed=("head", "gate"), exact=False),
+    "group_norm": Case(GroupNorm, None, either=("stem",), exact=False),
+    "two_inputs": Case(TwoInputs, 11 + 7 + 13, two_inputs),
+    "two_positional": Case(TwoInputs, 11 + 7 + 13, two_positional),
+    "many_outputs": Case(ManyOutputs, 13 + 11, fixed=("head", "boxes", "shown")),
+    "dropouts": Case(Dropouts, 13 + 11),
+    "width_scale": Case(WidthScale, 13 + 11),
+    "shared_batch_norm": Case(SharedBatchNorm, 11 + 7),
+    "unused_layer": Case(UnusedLayer, 13 + 11, fixed=("head", "spare")),
+}
