@@ -1,0 +1,18 @@
+"""Settings that every test shares: repeatable examples, one thread, a seeded generator."""
+
+import hypothesis
+import pytest
+import torch
+
+# The default deadline of 200 ms makes tests flaky on a loaded machine.
+hypothesis.settings.register_profile("fxprune", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fxprune")
+
+# Tests run in one process per core, and sums in one thread come out the same every time.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A fresh random generator with a fixed seed."""
+    return torch.Generator().manual_seed(0)
