@@ -26,10 +26,10 @@ $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'fxprune needs Python >= 3.11; set PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install torch==2.13.0 --quiet --constraint constraints.txt
-	$(BIN)/pip install --no-deps torchvision==0.28.0 --quiet
-	$(BIN)/pip install --no-deps --quiet --requirement constraints.txt
-	$(BIN)/pip install --no-deps --quiet --no-build-isolation --editable .
+	$(BIN)/pip install torch==2.13.0 -qq --constraint constraints.txt
+	$(BIN)/pip install --no-deps torchvision==0.28.0 -qq
+	$(BIN)/pip install --no-deps -qq --requirement constraints.txt
+	$(BIN)/pip install --no-deps -qq --no-build-isolation --editable .
 	$(BIN)/pip check
 	@touch $@
 
