@@ -1,0 +1,181 @@
+"""How fxprune's analysis time grows with depth: DenseNet 121 to 264 and ResNet 50 to 200, by fit.
+
+    python examples/bench/depth_scaling.py
+
+A network of depth d can hold more than d pieces of work: in a dense block of n layers, layer k
+reads the k maps before it, so the concatenated channels grow with n squared, whoever reads the
+graph. The script therefore counts two measures of work for every model by running it, executed ATen
+operations and total width of all concatenation results, and fits ``time ~ measure ** exponent`` for
+each. The ResNets are the control: there every layer costs the same, so time over depth itself is
+telling.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+import fxprune as fp
+from fxprune.vision import import_torchvision
+
+DENSENETS = {
+    121: (6, 12, 24, 16),
+    169: (6, 12, 32, 32),
+    201: (6, 12, 48, 32),
+    264: (6, 12, 64, 48),
+}
+RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+
+
+class Point(NamedTuple):
+    """One model: its depth, its work, and the median seconds it took."""
+
+    depth: int
+    operations: int
+    concat_width: int
+    analysis: float
+    whole_job: float
+
+
+class WorkCounter(TorchDispatchMode):
+    """Counts the ATen operations that run and the channels that concatenations put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.concat_width = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` as it is, and count it."""
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if func is torch.ops.aten.cat.default:
+            self.concat_width += result.shape[1]
+        return result
+
+
+def densenet(blocks: tuple[int, ...]) -> nn.Module:
+    """A DenseNet with growth rate 32, as in torchvision, with these block lengths."""
+    return import_torchvision().models.DenseNet(32, blocks, 64).eval()
+
+
+def resnet(blocks: tuple[int, ...]) -> nn.Module:
+    """A bottleneck ResNet, as in torchvision, with these stage lengths."""
+    models = import_torchvision().models
+    return models.ResNet(models.resnet.Bottleneck, list(blocks)).eval()
+
+
+def count_work(model: nn.Module, x: Tensor) -> WorkCounter:
+    """Operations and concatenated width of one forward pass."""
+    with torch.no_grad(), WorkCounter() as counter:
+        model(x)
+    return counter
+
+
+def analyse(model: nn.Module, x: Tensor) -> None:
+    """Trace and couple: what depends on the graph alone."""
+    fp.analyze(fp.trace(model, x))
+
+
+def whole_job(model: nn.Module, x: Tensor) -> None:
+    """From the model to a slim model at half of the MACs, not verified."""
+    fp.prune(model, x, flops=0.5, verify=False)
+
+
+def median_seconds(
+    job: Callable[[nn.Module, Tensor], None], model: nn.Module, x: Tensor, n: int
+) -> float:
+    """Median of ``n`` runs after one warm-up."""
+    times = []
+    for _ in range(n + 1):
+        gc.collect()
+        start = time.perf_counter()
+        job(model, x)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measure(
+    build: Callable[[tuple[int, ...]], nn.Module],
+    family: dict[int, tuple[int, ...]],
+    repeats: int,
+    label: str,
+) -> list[Point]:
+    """One point per depth."""
+    points = []
+    for depth, blocks in tqdm(family.items(), desc=label, unit="model"):
+        torch.manual_seed(0)
+        model, x = build(blocks), torch.randn(1, 3, 224, 224)
+        work = count_work(model, x)
+        analysis = median_seconds(analyse, model, x, repeats)
+        whole = median_seconds(whole_job, model, x, repeats)
+        points.append(Point(depth, work.operations, work.concat_width, analysis, whole))
+    return points
+
+
+def fit_power(measure: list[float], seconds: list[float]) -> tuple[float, float]:
+    """Exponent and R2 of the straight line through log(seconds) over log(measure)."""
+    x, y = np.log(measure), np.log(seconds)
+    exponent, offset = np.polyfit(x, y, 1)
+    residual = y - (exponent * x + offset)
+    return float(exponent), float(1 - residual.var() / y.var())
+
+
+def print_family(name: str, points: list[Point], measures: tuple[str, ...]) -> None:
+    """The measured points, then one fitted exponent per measure of work."""
+    rows = [
+        [
+            f"{name}-{p.depth}",
+            p.operations,
+            p.concat_width,
+            f"{p.analysis:.3f}",
+            f"{p.whole_job:.3f}",
+        ]
+        for p in points
+    ]
+    headers = ["model", "ATen ops", "concat width", "trace + analyse s", "whole job s"]
+    print(f"\n{tabulate(rows, headers, intfmt=',')}\n")
+    for job in ("analysis", "whole_job"):
+        seconds = [getattr(point, job) for point in points]
+        for measure in measures:
+            values = [getattr(point, measure) for point in points]
+            exponent, r2 = fit_power(values, seconds)
+            label = f"{job} ~ {measure} ^ {exponent:.2f}".replace("_", " ")
+            growth = f"measure x{values[-1] / values[0]:.2f}, time x{seconds[-1] / seconds[0]:.2f}"
+            print(f"  {label:36s} R2 {r2:.3f}   ({growth})")
+
+
+def main() -> None:
+    """Measure both families and print the fits."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs per model (default 7)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dense = measure(densenet, DENSENETS, options.repeats, "DenseNet")
+    residual = measure(resnet, RESNETS, options.repeats, "ResNet")
+    print(f"\nMedians of {options.repeats} runs, {options.threads} thread(s), input 1x3x224x224.")
+    print_family("DenseNet", dense, ("depth", "operations", "concat_width"))
+    print_family("ResNet", residual, ("depth", "operations"))
+    print(
+        "\nAn exponent of 1 is linear. Concatenated width grows with the square of a dense block."
+    )
+
+
+if __name__ == "__main__":
+    main()
