@@ -4,6 +4,9 @@ import hypothesis
 import pytest
 import torch
 
+# Failing assertions of the shared oracle show their values, as those of test modules do.
+pytest.register_assert_rewrite("tests.oracle")
+
 # The default deadline of 200 ms makes tests flaky on a loaded machine.
 hypothesis.settings.register_profile("fxprune", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fxprune")
