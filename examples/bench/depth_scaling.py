@@ -139,17 +139,18 @@ def fit_power(measure: list[float], seconds: list[float]) -> tuple[float, float]
 def print_family(name: str, points: list[Point], measures: tuple[str, ...]) -> None:
     """The measured points, then one fitted exponent per measure of work."""
     rows = [
-        [
-            f"{name}-{p.depth}",
-            p.operations,
-            p.concat_width,
-            f"{p.analysis:.3f}",
-            f"{p.whole_job:.3f}",
-        ]
-        for p in points
+        (
+            f"{name}-{point.depth}",
+            f"{point.operations:,}",
+            f"{point.concat_width:,}",
+            f"{point.analysis:.3f}",
+            f"{point.whole_job:.3f}",
+        )
+        for point in points
     ]
     headers = ["model", "ATen ops", "concat width", "trace + analyse s", "whole job s"]
-    print(f"\n{tabulate(rows, headers, intfmt=',')}\n")
+    table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+    print(f"\n{table}\n")
     for job in ("analysis", "whole_job"):
         seconds = [getattr(point, job) for point in points]
         for measure in measures:
