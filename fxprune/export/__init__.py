@@ -1,0 +1,1 @@
+"""Artifacts: what a slim model is written to and read back from."""
