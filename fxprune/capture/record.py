@@ -1,0 +1,282 @@
+"""Run a model once and write down every ATen operator that it executes.
+
+The run happens on meta tensors where possible: no arithmetic, no memory, the cost of dispatch.
+Parameters, buffers and inputs stay the caller's own real tensors; each is swapped for a meta twin
+only inside the dispatcher, so nothing of the caller's is touched. Where a model needs real data
+(``.item()``, data-dependent control flow) the same recorder runs on real tensors.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.capture.traced import Record, Ref, Value
+
+Args = tuple[Any, ...]
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that records operators and gives every tensor a :class:`Ref`.
+
+    Args:
+        named: tensors with a name: ``(kind, name, tensor)`` with kind ``parameter`` or ``buffer``.
+        inputs: the example inputs' tensors.
+        meta: run on meta twins instead of real data.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, str, torch.Tensor]],
+        inputs: Sequence[torch.Tensor],
+        *,
+        meta: bool,
+    ) -> None:
+        super().__init__()
+        self.node = ""
+        self.records: list[Record] = []
+        self.values: list[Value] = []
+        self._meta = meta
+        self._known = {id(t): (kind, name) for kind, name, t in named}
+        self._known.update({id(t): ("input", "") for t in inputs})
+        self._refs: dict[int, Ref] = {}
+        self._twins: dict[int, torch.Tensor] = {}
+        self._alive: list[torch.Tensor] = []  # an id() is only unique while its object lives
+        self._written: set[int] = set()  # storages of real tensors that symbolic data went into
+
+    def ref(self, tensor: torch.Tensor, kind: str = "constant") -> Ref:
+        """The Ref of a tensor, new if it was never seen. Unnamed unseen operands are constants."""
+        found = self._refs.get(id(tensor))
+        if found is not None:
+            return found
+        kind, name = self._known.get(id(tensor), (kind, ""))
+        known = kind in ("buffer", "constant") and not tensor.is_meta
+        ref = Ref(len(self.values))
+        data = tensor if known else None
+        self.values.append(Value(ref.id, tuple(tensor.shape), kind, name, data))
+        self._refs[id(tensor)] = ref
+        self._alive.append(tensor)
+        return ref
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Args = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Record ``func`` and run it, on twins if any operand is symbolic."""
+        kwargs = kwargs or {}
+        refs = tuple(_swap(a, self.ref) for a in args)
+        kw_refs = {k: _swap(a, self.ref) for k, a in kwargs.items()}
+        operands = list(_tensors([*args, *kwargs.values()]))
+        mutates = bool(func._schema.is_mutable)
+        symbolic = self._meta and self._needs_twins(operands, mutates=mutates)
+        if symbolic:
+            out = func(
+                *(_swap(a, self._twin) for a in args),
+                **{k: _swap(a, self._twin) for k, a in kwargs.items()},
+            )
+        else:
+            out = func(*args, **kwargs)
+        if mutates:
+            out = self._after_write(func, args, kwargs, out, symbolic=symbolic)
+        kind = "result" if symbolic or not self._all_known(refs, kw_refs) else "constant"
+        outputs = tuple(
+            self.ref(t, kind) if isinstance(t, torch.Tensor) else None for t in _as_tuple(out)
+        )
+        self.records.append(Record(func, refs, kw_refs, outputs, self.node))
+        return out
+
+    def _all_known(self, refs: Args, kw_refs: dict[str, Any]) -> bool:
+        return all(
+            self.values[r.id].data is not None for r in _refs_in([*refs, *kw_refs.values()])
+        )
+
+    def _needs_twins(self, operands: list[torch.Tensor], *, mutates: bool) -> bool:
+        for t in operands:
+            if t.is_meta:
+                return True
+            kind = self._known.get(id(t), ("", ""))[0]
+            if kind in ("parameter", "input") or (mutates and kind == "buffer"):
+                return True
+            if self._written and t.untyped_storage()._cdata in self._written:
+                return True
+        return False
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        twin = self._twins.get(id(tensor))
+        if twin is None:
+            twin = self._twins[id(tensor)] = tensor.detach().to("meta")
+            self._alive.append(tensor)
+        return twin
+
+    def _after_write(
+        self, func: Any, args: Args, kwargs: dict[str, Any], out: Any, *, symbolic: bool
+    ) -> Any:
+        """An in-place operator returns the very object it wrote to, and its data is now unknown."""
+        written: list[torch.Tensor] = []
+        for argument, value in zip(
+            func._schema.arguments,
+            [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])],
+            strict=False,
+        ):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.extend(_tensors([value]))
+        for tensor in written:
+            if symbolic and not tensor.is_meta:
+                self._written.add(tensor.untyped_storage()._cdata)
+                ref = self.ref(tensor)
+                self.values[ref.id] = replace(self.values[ref.id], data=None)
+        returns = [r for r in func._schema.returns if r.alias_info is not None]
+        if len(func._schema.returns) == 1 and returns and written:
+            return written[0]
+        return out
+
+
+def _as_tuple(out: Any) -> tuple[Any, ...]:
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+def _swap(arg: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return change(arg)
+    if isinstance(arg, (list, tuple)):
+        return [_swap(a, change) for a in arg]
+    return arg
+
+
+def _tensors(args: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+
+
+def _refs_in(args: Iterable[Any]) -> Iterable[Ref]:
+    for a in args:
+        if isinstance(a, Ref):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _refs_in(a)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What one recorded run gave: operators, values, what each node and the whole returned."""
+
+    records: tuple[Record, ...]
+    values: tuple[Value, ...]
+    results: dict[str, Any]
+    output: Any
+
+
+class _NodeRecorder(fx.Interpreter):
+    """Interprets a graph and tells the recorder which node is running."""
+
+    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.recorder = recorder
+        self.results: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.recorder.node = n.name
+        out = super().run_node(n)
+        self.results[n.name] = to_refs(out, self.recorder)
+        return out
+
+
+def to_refs(value: Any, recorder: Recorder) -> Any:
+    """Replace tensors by Refs in a nest of containers, keeping everything else.
+
+    Containers other than tuple, list and dict are flattened by ``torch.utils._pytree``.
+    """
+    if isinstance(value, torch.Tensor):
+        return recorder.ref(value)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, recorder.ref, value)
+
+
+def record_graph(
+    graph_module: fx.GraphModule,
+    args: Args,
+    named: Iterable[tuple[str, str, torch.Tensor]],
+    *,
+    meta: bool,
+) -> Recording:
+    """Interpret a graph on its example inputs and record it node by node."""
+    recorder = Recorder(named, list(_leaves(args)), meta=meta)
+    interpreter = _NodeRecorder(graph_module, recorder)
+    with torch.no_grad(), recorder:
+        output = interpreter.run(*args)
+    refs = to_refs(output, recorder)
+    return Recording(
+        tuple(recorder.records), tuple(recorder.values), interpreter.results, refs
+    )
+
+
+def record_call(
+    function: Callable[..., Any],
+    args: Args,
+    kwargs: dict[str, Any],
+    named: Iterable[tuple[str, str, torch.Tensor]],
+    *,
+    meta: bool,
+) -> Recording:
+    """Call a function (an eager model) and record it."""
+    recorder = Recorder(named, list(_leaves((args, kwargs))), meta=meta)
+    with torch.no_grad(), recorder:
+        output = function(*args, **kwargs)
+    return Recording(
+        tuple(recorder.records), tuple(recorder.values), {}, to_refs(output, recorder)
+    )
+
+
+def _leaves(tree: Any) -> Iterable[torch.Tensor]:
+    return (
+        leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)
+    )
+
+
+def same_computation(a: Recording, b: Recording) -> bool:
+    """Whether two recordings are the same operators on the same operands in the same order.
+
+    Equal recordings compute the same function of parameters and inputs, so no arithmetic is
+    needed to know that a captured graph is right.
+    """
+    if len(a.records) != len(b.records) or len(a.values) != len(b.values):
+        return False
+    values_agree = all(
+        x.shape == y.shape and x.kind == y.kind and _same_data(x.data, y.data)
+        for x, y in zip(a.values, b.values, strict=True)
+    )
+    records_agree = all(
+        x.op is y.op
+        and x.outputs == y.outputs
+        and _same_arguments(x.args, y.args)
+        and _same_arguments(x.kwargs, y.kwargs)
+        for x, y in zip(a.records, b.records, strict=True)
+    )
+    return values_agree and records_agree and tree_leaves(a.output) == tree_leaves(b.output)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Leaves of a nest of containers; a Ref is a leaf."""
+    leaves: list[Any] = torch.utils._pytree.tree_leaves(tree)
+    return leaves
+
+
+def _same_arguments(a: Any, b: Any) -> bool:
+    # NaN literals and generators compare unequal to themselves: then the numeric check decides.
+    return bool(a == b)
+
+
+def _same_data(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))

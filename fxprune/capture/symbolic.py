@@ -1,0 +1,96 @@
+"""The symbolic frontend: ``torch.fx.symbolic_trace`` that keeps train/eval switches alive.
+
+Plain symbolic tracing bakes ``self.training`` into the graph, so a traced stochastic depth or
+functional dropout never switches on again. Two things keep it switchable: modules without children
+that read ``self.training`` stay leaves, and where a function receives ``training=self.training``
+the graph reads the flag of the module at run time.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.capture.inputs import BoundInputs
+from fxprune.errors import CaptureError
+
+
+class _TrainingFlag:
+    """Stands for ``module.training`` during tracing: False to Python, an attribute in the graph."""
+
+    def __init__(self, path: str) -> None:
+        self.target = f"{path}.training" if path else "training"
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or _switches_by_itself(m)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, _TrainingFlag):
+            return self.create_node("get_attr", a.target, (), {})
+        return super().create_arg(a)
+
+
+def _switches_by_itself(module: nn.Module) -> bool:
+    """A module without children or parameters whose forward reads ``self.training``."""
+    code = getattr(type(module).forward, "__code__", None)
+    return (
+        code is not None
+        and "training" in code.co_names
+        and next(module.children(), None) is None
+        and next(module.parameters(), None) is None
+    )
+
+
+@contextlib.contextmanager
+def _training_flags(model: nn.Module) -> Iterator[None]:
+    saved = {name: (m, m.training) for name, m in model.named_modules()}
+    try:
+        for name, (m, _) in saved.items():
+            m.__dict__["training"] = _TrainingFlag(name)
+        yield
+    finally:
+        for m, training in saved.values():
+            m.__dict__["training"] = training
+
+
+def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
+    """Trace a model in evaluation mode.
+
+    Parameters of ``forward`` that the example inputs leave at their default are specialised to it.
+
+    Raises:
+        CaptureError: control flow that depends on values, or anything else fx cannot trace.
+    """
+    tracer = _Tracer()
+    try:
+        with _training_flags(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(model, concrete_args=inputs.defaulted or None)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced symbolically: {type(error).__name__}: "
+            f"{error}. Control flow that depends on tensor values or shapes has to move into a "
+            "module that stays a leaf, or the part without it has to be pruned on its own"
+        ) from error
+    _drop_specialisation_asserts(graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lint's remark on attributes that are not tensors
+        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+def _drop_specialisation_asserts(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.target is torch._assert and "specialized" in str(node.args[-1]):
+            graph.erase_node(node)
+    for placeholder in graph.find_nodes(op="placeholder"):
+        for user in list(placeholder.users):
+            if user.op == "call_function" and not user.users and "eq" in user.name:
+                graph.erase_node(user)

@@ -1,0 +1,158 @@
+"""``trace``: the entry point of capture, which checks what it captured before anyone uses it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
+from fxprune.capture.record import (
+    Recording,
+    record_call,
+    record_graph,
+    same_computation,
+    tree_leaves,
+)
+from fxprune.capture.symbolic import symbolic_graph
+from fxprune.capture.traced import TracedModel
+from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
+
+FRONTENDS = ("auto", "symbolic")
+
+
+def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> TracedModel:
+    """Capture a model as a graph plus a record of the ATen operators that it executes.
+
+    The model is captured in evaluation mode and handed back exactly as it was: weights, gradients,
+    train/eval flags, RNG state.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        frontend: ``auto`` or ``symbolic``.
+
+    Raises:
+        ExampleInputError: the model does not run on the inputs.
+        NonFiniteError: a parameter or buffer holds NaN or infinity.
+        CaptureError: no graph could be captured, or it computes something else than the model.
+        ArgumentError: ``model`` is no module, or ``frontend`` is unknown.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if frontend not in FRONTENDS:
+        raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
+    _check_finite(model)
+    inputs = bind_inputs(model, example_inputs)
+    with _evaluating(model), torch.random.fork_rng(devices=_devices(model)):
+        named = list(_named(model))
+        eager, meta = _record_eager(model, inputs, named)
+        graph_module = symbolic_graph(model, inputs)
+        graph_module.eval()
+        graph = _record(graph_module, inputs, list(_named(graph_module)), meta=meta)
+        if not same_computation(eager, graph):
+            _compare_outputs(model, graph_module, inputs)
+    _copy_modes(model, graph_module)
+    return TracedModel(
+        graph_module, inputs.placeholders, graph.records, graph.values, graph.results, "symbolic"
+    )
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for name, p in module.named_parameters():
+        yield "parameter", name, p
+    for name, b in module.named_buffers():
+        yield "buffer", name, b
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted(
+        {p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None}
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    saved = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in saved:
+            m.training = False
+        yield
+    finally:
+        for m, training in saved:
+            m.training = training
+
+
+def _copy_modes(model: nn.Module, graph_module: fx.GraphModule) -> None:
+    """Containers of the graph module are new objects; leaves are shared and need nothing."""
+    modes = {name: m.training for name, m in model.named_modules()}
+    for name, m in graph_module.named_modules():
+        m.training = modes.get(name, model.training)
+
+
+def _record_eager(
+    model: nn.Module, inputs: BoundInputs, named: list[tuple[str, str, torch.Tensor]]
+) -> tuple[Recording, bool]:
+    """Record the eager model, on meta tensors if it runs on them; says which."""
+    try:
+        return record_call(model, inputs.args, inputs.kwargs, named, meta=True), True
+    except Exception:  # not every model runs without data: the real run decides
+        try:
+            return record_call(model, inputs.args, inputs.kwargs, named, meta=False), False
+        except Exception as error:
+            given = describe(inputs.kwargs or inputs.args)
+            raise ExampleInputError(
+                f"{type(model).__name__} does not run on the example inputs {given}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _record(
+    graph_module: fx.GraphModule,
+    inputs: BoundInputs,
+    named: list[tuple[str, str, torch.Tensor]],
+    *,
+    meta: bool,
+) -> Recording:
+    try:
+        return record_graph(graph_module, inputs.placeholders, named, meta=meta)
+    except Exception as error:
+        raise CaptureError(
+            f"the captured graph does not run where the model does: {error}"
+        ) from error
+
+
+def _compare_outputs(model: nn.Module, graph_module: fx.GraphModule, inputs: BoundInputs) -> None:
+    """The recordings differ (say, dead code was dropped): let the numbers decide."""
+    with torch.no_grad():
+        expected = tree_leaves(model(*inputs.args, **inputs.kwargs))
+        actual = tree_leaves(graph_module(*inputs.placeholders))
+    if len(expected) != len(actual) or not all(
+        _equal(a, b) for a, b in zip(expected, actual, strict=True)
+    ):
+        raise CaptureError(
+            f"the graph captured from {type(model).__name__} gives another output than the model "
+            f"on the example inputs ({describe(actual)} against {describe(expected)}): its forward "
+            "takes a branch that tracing cannot see, such as isinstance() on a traced value"
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return bool(a == b)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """One sum per tensor is enough to see NaN or infinity; only a suspect is looked at closely."""
+    for kind, name, tensor in _named(model):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if not bool(torch.isfinite(tensor.detach().sum())):
+            bad = int((~torch.isfinite(tensor.detach())).sum())
+            if bad:
+                raise NonFiniteError(
+                    f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or "
+                    "infinite; no ranking or check of such a model means anything"
+                )

@@ -1,0 +1,90 @@
+"""What a capture consists of: values, records of executed operators, and the graph they belong to.
+
+These types hold facts only; nothing here runs a model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor inside recorded arguments: the ``id`` of a :class:`Value`."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One tensor that a run touched.
+
+    Attributes:
+        id: position in ``TracedModel.values``.
+        shape: sizes on the example inputs.
+        kind: ``parameter``, ``buffer``, ``input``, ``constant`` (known data made or held by the
+            model's code) or ``result``.
+        name: qualified name of a parameter or buffer, else ``""``.
+        data: the tensor itself where its content is known whatever the inputs are (buffers and
+            constants), else None. An index tensor can be followed only because of this.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    kind: str
+    name: str = ""
+    data: torch.Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One executed ATen operator.
+
+    Attributes:
+        op: the overload that ran, e.g. ``aten.convolution.default``.
+        args: positional arguments; tensors are replaced by :class:`Ref`.
+        kwargs: keyword arguments, likewise.
+        outputs: one entry per returned tensor; None where the operator returned none.
+        node: name of the graph node that executed it.
+    """
+
+    op: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Ref | None, ...]
+    node: str
+
+
+@dataclass(frozen=True, eq=False)
+class TracedModel:
+    """A captured model.
+
+    Attributes:
+        graph_module: the model as a ``torch.fx.GraphModule``. It *shares* parameters and leaf
+            modules with the caller's model and is never modified.
+        args: positional example inputs, one per placeholder of the graph.
+        records: every ATen operator of one run, in order.
+        values: every tensor of that run; ``values[ref.id]``.
+        results: per graph node what it returned, tensors replaced by :class:`Ref`.
+        frontend: name of the frontend that captured the graph.
+    """
+
+    graph_module: fx.GraphModule
+    args: tuple[Any, ...]
+    records: tuple[Record, ...]
+    values: tuple[Value, ...]
+    results: dict[str, Any]
+    frontend: str
+
+    @property
+    def example_inputs(self) -> tuple[Any, ...]:
+        """Positional example inputs, one per placeholder of ``graph_module``."""
+        return self.args
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters, then buffers, of the graph; each tensor once, under its first name."""
+        yield from self.graph_module.named_parameters()
+        yield from self.graph_module.named_buffers()

@@ -1,0 +1,9 @@
+"""Exact cost of any plan from kept counts alone.
+
+One MAC is one multiply-add. Convolutions and matrix products count; everything else is free, as in
+``torch.utils.flop_counter`` (which counts two FLOPs per MAC).
+"""
+
+from fxprune.cost.model import CostModel, Term
+
+__all__ = ["CostModel", "Term"]

@@ -1,0 +1,157 @@
+"""Walk the record once: apply every operator's rule to the labels of its operands."""
+
+from typing import Any
+
+import torch
+
+from fxprune.capture.traced import Record, Ref, TracedModel
+from fxprune.errors import Refusal
+from fxprune.ops.call import Call, Operand, base_name, schema_arguments
+from fxprune.ops.ledger import Ledger
+from fxprune.ops.registry import rule_for
+from fxprune.ops.sized_calls import can_hold_slim_parameters, can_resize
+
+NO_RULE = (
+    "no-rule",
+    "fxprune does not know what this operator does to channels",
+    "a label rule for the operator is added",
+)
+OPAQUE = (
+    "opaque-call",
+    "a size or position that depends on a channel axis is hidden inside this call",
+    "the call is written with torch functions that the graph can show",
+)
+OPAQUE_MODULE = (
+    "opaque-module",
+    "the size attributes of this module class are unknown",
+    "the module is one of torch.nn's layers or is traced through",
+)
+OUTPUT = (
+    "network-output",
+    "the width of what the model returns is protected",
+    "the layer is not the last one before an output",
+)
+
+
+def label(traced: TracedModel) -> Ledger:
+    """Labels, equations, roles and costs of everything one run executed."""
+    ledger = Ledger(grouped=_grouped_weights(traced))
+    for index, record in enumerate(traced.records):
+        _apply(traced, index, record, ledger)
+    _protect_outputs(traced, ledger)
+    _refuse_opaque_calls(traced, ledger)
+    return ledger
+
+
+def _grouped_weights(traced: TracedModel) -> dict[str, int]:
+    """Weights read by grouped convolutions only: each group gets input columns of its own."""
+    groups: dict[str, set[int]] = {}
+    for record in traced.records:
+        convolution = base_name(record.op) == "aten::convolution"
+        for position, ref in enumerate(_refs(record.args)):
+            value = traced.values[ref.id]
+            if value.kind in ("parameter", "buffer") and len(value.shape) > 1:
+                is_weight = convolution and record.args[1] == ref and position == 1
+                groups.setdefault(value.name, set()).add(record.args[8] if is_weight else 0)
+    return {name: g.pop() for name, g in groups.items() if len(g) == 1 and max(g) > 1}
+
+
+def _refs(tree: Any) -> list[Ref]:
+    if isinstance(tree, Ref):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [ref for item in tree for ref in _refs(item)]
+    return []
+
+
+def _apply(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> None:
+    call = _make_call(traced, index, record, ledger)
+    operands = list(call.operands())
+    if operands and all(o.weight or o.data is not None for o in operands):
+        if any(o.weight for o in operands):
+            ledger.weights.update(r for r in call.results if r is not None)
+    rule = rule_for(record.op)
+    if rule is None:
+        if any(o.labels for o in operands):
+            call.freeze_operands(*NO_RULE)
+        return
+    for result, labels in zip(call.results, rule(call), strict=False):
+        if result is not None and traced.values[result].kind not in ("parameter", "buffer"):
+            ledger.values[result] = labels
+
+
+def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> Call:
+    arguments: dict[str, Any] = {}
+    results = tuple(None if r is None else r.id for r in record.outputs)
+    shapes = tuple(() if r is None else traced.values[r].shape for r in results)
+    call = Call(
+        index, base_name(record.op), record.node, arguments, results, shapes, ledger
+    )
+
+    def operand(arg: Any) -> Any:
+        if isinstance(arg, Ref):
+            value = traced.values[arg.id]
+            named = value.kind in ("parameter", "buffer")
+            weight = named or arg.id in ledger.weights
+            name = value.name if named else ""
+            return Operand(arg.id, value.shape, name, weight, value.data, call)
+        if isinstance(arg, (list, tuple)):
+            return [operand(a) for a in arg]
+        return arg
+
+    for position, (name, default) in enumerate(schema_arguments(record.op)):
+        if position < len(record.args):
+            arguments[name] = operand(record.args[position])
+        else:
+            arguments[name] = operand(record.kwargs.get(name, default))
+    return call
+
+
+def _protect_outputs(traced: TracedModel, ledger: Ledger) -> None:
+    output = next(n for n in reversed(traced.graph_module.graph.nodes) if n.op == "output")
+    leaves = torch.utils._pytree.tree_leaves(traced.results[output.name])
+    for leaf in leaves:
+        if not isinstance(leaf, Ref):
+            continue
+        shape = list(traced.values[leaf.id].shape)
+        code, why, need = OUTPUT
+        refusal = Refusal(code, output.name, "output", f"{why} ({shape})", need)
+        for factor in ledger.values.get(leaf.id, ()):
+            ledger.freeze(factor.labels, refusal)
+
+
+def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
+    """Freeze what a graph call hides: sizes that cannot be set, modules that cannot shrink."""
+    nodes = {n.name: n for n in traced.graph_module.graph.nodes}
+    visible = {
+        ref.id
+        for result in traced.results.values()
+        for ref in torch.utils._pytree.tree_leaves(result)
+        if isinstance(ref, Ref)
+    }
+    for use in ledger.sized:
+        record = traced.records[use.record]
+        if not can_resize(traced.graph_module, nodes[record.node]):
+            results = [r.id for r in record.outputs if r is not None]
+            if not all(r in ledger.gathers and r in visible for r in results):
+                ledger.freeze(use.labels, _refusal(record.node, record.op, OPAQUE))
+    for result, gather in ledger.gathers.items():
+        if result not in visible or gather.source not in visible:
+            for factor in ledger.values.get(result, ()):
+                ledger.freeze(factor.labels, _refusal("(inside a call)", None, OPAQUE))
+    for (name, _), axis in ledger.parameters.items():
+        owner = name.rpartition(".")[0]
+        node = nodes.get(axis.node)
+        if node is None or node.op != "call_module":
+            continue
+        module = traced.graph_module.get_submodule(owner)
+        if not can_hold_slim_parameters(module):
+            ledger.freeze(axis.labels, _refusal(axis.node, None, OPAQUE_MODULE, type(module)))
+
+
+def _refusal(
+    node: str, op: Any, reason: tuple[str, str, str], module: type | None = None
+) -> Refusal:
+    code, why, need = reason
+    what = base_name(op).replace("::", ".") if op is not None else "call"
+    return Refusal(code, node, module.__name__ if module else what, why, need)

@@ -1,0 +1,90 @@
+"""Solve the equations: connected components of labels are channels, unless something froze them."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from fxprune.errors import Refusal
+from fxprune.ops.labels import IntArray
+from fxprune.ops.ledger import Ledger
+
+UNEVEN = (
+    "uneven-blocks",
+    "a channel lies in several groups of a grouped operator, but not equally often in each",
+    "every group reads channels of its own",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """Classes of labels.
+
+    Attributes:
+        class_of: class of every label. Classes ``0 .. n_channels - 1`` are prunable channels,
+            then come frozen classes that hold parameters, then -1: labels without parameters.
+        n_channels: number of prunable channels.
+        n_classes: prunable and frozen classes.
+        reasons: frozen class -> why, in the order in which the reasons were found.
+    """
+
+    class_of: IntArray
+    n_channels: int
+    n_classes: int
+    reasons: dict[int, tuple[Refusal, ...]]
+
+
+def solve(ledger: Ledger) -> Solution:
+    """Number the classes of labels: prunable channels first, in order of their first label."""
+    component = _components(ledger)
+    n = int(component.max(initial=-1)) + 1
+    has_slot = np.zeros(n, dtype=bool)
+    for axis in ledger.parameters.values():
+        has_slot[component[axis.labels]] = True
+    frozen = np.zeros(n, dtype=bool)
+    why: dict[int, dict[Refusal, None]] = defaultdict(dict)
+    for labels, refusal in [*ledger.frozen, *_uneven(ledger, component)]:
+        classes = np.unique(component[labels])
+        frozen[classes] = True
+        for c in classes[has_slot[classes]].tolist():
+            why[c][refusal] = None
+    first = np.full(n, ledger.n_labels, dtype=np.int64)
+    np.minimum.at(first, component, np.arange(ledger.n_labels))
+    order = np.argsort(first, kind="stable")
+    prunable = order[(has_slot & ~frozen)[order]]
+    held = order[(has_slot & frozen)[order]]
+    number = np.full(n + 1, -1, dtype=np.int64)
+    number[prunable] = np.arange(len(prunable))
+    number[held] = np.arange(len(prunable), len(prunable) + len(held))
+    reasons = {int(number[c]): tuple(r) for c, r in why.items()}
+    n_classes = len(prunable) + len(held)
+    return Solution(number[component], len(prunable), n_classes, reasons)
+
+
+def _components(ledger: Ledger) -> IntArray:
+    n = ledger.n_labels
+    if not ledger.pairs:
+        return np.arange(n, dtype=np.int64)
+    a = np.concatenate([p for p, _ in ledger.pairs])
+    b = np.concatenate([p for _, p in ledger.pairs])
+    links = sparse.coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n))
+    _, component = connected_components(links.tocsr(), directed=False)
+    return component.astype(np.int64)
+
+
+def _uneven(ledger: Ledger, component: IntArray) -> list[tuple[IntArray, Refusal]]:
+    """Freeze classes that no choice of other channels could balance over the blocks."""
+    found = []
+    for block in ledger.blocks:
+        members, local = np.unique(component[block.labels], return_inverse=True)
+        local = local.reshape(block.labels.shape)
+        counts = np.stack([np.bincount(row, minlength=len(members)) for row in local])
+        even = (counts == counts[:1]).all(axis=0)
+        single = (counts > 0).sum(axis=0) == 1
+        bad = ~even & ~(single & (counts.max(axis=0) == 1))
+        labels = block.labels[bad[local]]
+        if labels.size:
+            found.append((labels, Refusal(UNEVEN[0], block.node, block.op, *UNEVEN[1:])))
+    return found

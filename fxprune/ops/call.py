@@ -1,0 +1,185 @@
+"""One recorded operator as its rule sees it: arguments by name, operands with labels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from fxprune.errors import Refusal
+from fxprune.ops.labels import Factor, IntArray, Labels
+from fxprune.ops.ledger import Ledger, Role
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operand:
+    """A tensor argument.
+
+    Attributes:
+        value: id of the tensor.
+        shape: its sizes.
+        parameter: qualified name if it is a parameter or buffer itself, else ``""``.
+        weight: it is computed from parameters alone.
+        data: its content where that is known whatever the inputs are.
+        call: the operator that reads it.
+    """
+
+    value: int
+    shape: tuple[int, ...]
+    parameter: str
+    weight: bool
+    data: torch.Tensor | None
+    call: "Call"
+
+    @property
+    def labels(self) -> Labels:
+        """All factors; a parameter gets labels on every axis."""
+        ledger = self.call.ledger
+        if not self.parameter:
+            return ledger.values.get(self.value, ())
+        factors = []
+        for axis, size in enumerate(self.shape):
+            if size > 1:
+                labels = ledger.own(self.parameter, axis, size, Role.FIXED, self.call.node)
+                factors.append(Factor((axis,), labels))
+        return tuple(factors)
+
+    def axes(self) -> dict[int, IntArray]:
+        """Labels per axis, joint factors settled."""
+        settled = (f if len(f.axes) == 1 else self.call.settle(f) for f in self.labels)
+        return {f.axes[0]: f.labels for f in settled}
+
+    def knows(self, axis: int) -> bool:
+        """Whether the axis has labels already, or cannot have any."""
+        if not self.parameter or self.shape[axis] == 1:
+            return True
+        return (self.parameter, axis) in self.call.ledger.parameters
+
+    def adopt(self, axis: int, labels: IntArray, role: Role) -> None:
+        """Give an axis of a weight these labels and this role."""
+        ledger, node = self.call.ledger, self.call.node
+        if self.parameter:
+            ledger.adopt(self.parameter, axis, labels, role, node)
+            return
+        own = self.axes().get(axis)
+        if own is None:
+            self.call.freeze(labels, *UNTRACKED)
+            return
+        if self.weight:
+            ledger.mark(own, role)
+        ledger.equate(own, labels)
+
+    def own(self, axis: int, role: Role) -> IntArray | None:
+        """Labels of an axis of a weight, with this role; None for an untracked axis."""
+        if self.shape[axis] == 1:
+            return None
+        if self.parameter:
+            ledger, node = self.call.ledger, self.call.node
+            return ledger.own(self.parameter, axis, self.shape[axis], role, node)
+        own = self.axes().get(axis)
+        if own is not None and self.weight:
+            self.call.ledger.mark(own, role)
+        return own
+
+    def pin(self, keep: set[int]) -> None:
+        """Freeze every tracked axis outside ``keep``. Parameters' own kernel axes stay silent."""
+        for axis, size in enumerate(self.shape):
+            if axis in keep or size == 1:
+                continue
+            if self.parameter:
+                known = self.call.ledger.parameters.get((self.parameter, axis))
+                if known is not None:
+                    self.call.freeze(known.labels, *FIXED_AXIS)
+                continue
+            for factor in self.labels:
+                if axis in factor.axes:
+                    self.call.freeze(factor.labels, *FIXED_AXIS)
+
+
+UNTRACKED = (
+    "untracked-axis",
+    "a channel axis meets an axis of the same size that is batch, space, a constant or an input",
+    "the other operand is computed by prunable layers, or has size 1 on this axis",
+)
+FIXED_AXIS = (
+    "fixed-axis",
+    "this axis is space, batch, kernel or vocabulary to the operator, not channels",
+    "the operator treats it as a channel axis",
+)
+JOINT = (
+    "joint-reshape",
+    "a reshape takes a channel axis apart and this operator uses only some of the parts",
+    "all parts are used alike, or the parts are taken with split or chunk",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One recorded operator.
+
+    Attributes:
+        index: position in the record.
+        op: operator name without overload and in-place underscore, e.g. ``aten::relu``.
+        node: graph node that executed it.
+        arguments: every argument by schema name, defaults filled in; tensors as Operands.
+        results: ids of the returned tensors (None where none was returned).
+        shapes: their shapes.
+        ledger: where findings go.
+    """
+
+    index: int
+    op: str
+    node: str
+    arguments: dict[str, Any]
+    results: tuple[int | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    ledger: Ledger
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument that not every overload has."""
+        return self.arguments.get(name, default)
+
+    def operands(self) -> Iterator[Operand]:
+        """Every tensor argument, in order."""
+        for value in self.arguments.values():
+            if isinstance(value, Operand):
+                yield value
+            elif isinstance(value, list):
+                yield from (v for v in value if isinstance(v, Operand))
+
+    def refusal(self, code: str, why: str, need: str) -> Refusal:
+        """A Refusal at this operator."""
+        shapes = ", ".join(str(list(o.shape)) for o in self.operands())
+        return Refusal(code, self.node, self.op.replace("::", "."), f"{why} ({shapes})", need)
+
+    def settle(self, factor: Factor, keep: int | None = None) -> Factor:
+        """Reduce a joint factor to one axis (see ``Ledger.settle``)."""
+        return self.ledger.settle(factor, self.refusal(*JOINT), keep)
+
+    def freeze(self, labels: IntArray, code: str, why: str, need: str) -> None:
+        """Freeze labels, giving this operator as the place."""
+        self.ledger.freeze(labels, self.refusal(code, why, need))
+
+    def freeze_operands(self, code: str, why: str, need: str) -> None:
+        """Freeze every label of every operand."""
+        refusal = self.refusal(code, why, need)
+        for operand in self.operands():
+            for factor in operand.labels:
+                self.ledger.freeze(factor.labels, refusal)
+
+
+@cache
+def schema_arguments(op: torch._ops.OpOverload) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of an operator's arguments."""
+    return tuple((a.name, a.default_value) for a in op._schema.arguments)
+
+
+@cache
+def base_name(op: torch._ops.OpOverload) -> str:
+    """``aten::relu`` for ``aten.relu_.default``: namespace and name, no overload, not in place."""
+    name = op._schema.name
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name

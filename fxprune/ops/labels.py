@@ -1,0 +1,202 @@
+"""Labels of one tensor, and what moving data around does to them.
+
+A label is an integer; positions with the same label are removed together. The labels of a tensor
+are a tuple of factors, each an integer array over one or more of its axes. An axis in no factor is
+untracked: batch, space, anything that is never pruned. Axes of size 1 are never tracked.
+
+A reshape that splits a channel axis gives a *joint* factor over several axes. It remembers where
+its entries came from (:class:`Origin`), so that a chain of reshapes and transposes which ends in
+one channel axis again, such as a channel shuffle, is known to be one gather.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """Where the entries of a factor lie in an earlier tensor.
+
+    Attributes:
+        value: id of the earlier tensor.
+        axis: its channel axis.
+        index: positions on that axis; same shape as the factor's labels.
+        axes: per axis of the tensor at hand, the axis of the earlier tensor that it is, or None
+            where it carries (part of) the channel axis or did not exist.
+        record: index of the operator that took the axis apart.
+    """
+
+    value: int
+    axis: int
+    index: IntArray
+    axes: tuple[int | None, ...]
+    record: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """Labels over some axes: ``labels.shape[k]`` is the size of axis ``axes[k]``; axes ascend."""
+
+    axes: tuple[int, ...]
+    labels: IntArray
+    origin: Origin | None = None
+
+
+Labels = tuple[Factor, ...]
+Run = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[Run]:
+    """Smallest runs of axes with equal products, left to right: ``view`` works run by run.
+
+    >>> list(matching_runs((2, 12, 5), (2, 3, 4, 5)))
+    [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
+    """
+    i = j = 0
+    while i < len(before) or j < len(after):
+        if i < len(before) and j < len(after) and before[i] == after[j]:
+            yield (i,), (j,)
+            i, j = i + 1, j + 1
+        elif i < len(before) and before[i] == 1:
+            yield (i,), ()
+            i += 1
+        elif j < len(after) and after[j] == 1:
+            yield (), (j,)
+            j += 1
+        else:
+            i0, j0, left, right = i, j, before[i], after[j]
+            i, j = i + 1, j + 1
+            while left != right:
+                if left < right:
+                    left, i = left * before[i], i + 1
+                else:
+                    right, j = right * after[j], j + 1
+            yield tuple(range(i0, i)), tuple(range(j0, j))
+
+
+def permute(labels: Labels, dims: Sequence[int]) -> Labels:
+    """Axis ``k`` of the result is axis ``dims[k]`` of the input."""
+    moved = []
+    for factor in labels:
+        where = {old: new for new, old in enumerate(dims)}
+        order = sorted(range(len(factor.axes)), key=lambda k: where[factor.axes[k]])
+        origin = factor.origin
+        if origin is not None:
+            origin = replace(
+                origin,
+                index=origin.index.transpose(order),
+                axes=tuple(origin.axes[d] for d in dims),
+            )
+        axes = tuple(where[factor.axes[k]] for k in order)
+        moved.append(Factor(axes, factor.labels.transpose(order), origin))
+    return tuple(moved)
+
+
+def take(factor: Factor, axis: int, index: IntArray) -> Factor:
+    """Entries ``index`` along ``axis``, which is one of the factor's axes."""
+    at = factor.axes.index(axis)
+    origin = factor.origin
+    if origin is not None:
+        origin = replace(origin, index=np.take(origin.index, index, axis=at))
+    return Factor(factor.axes, np.take(factor.labels, index, axis=at), origin)
+
+
+def drop_axis(labels: Labels, axis: int) -> Labels:
+    """The labels after an axis disappears; a factor over it must have size 1 along it."""
+    kept = []
+    for factor in labels:
+        origin, array, axes = factor.origin, factor.labels, factor.axes
+        if origin is not None:
+            origin = replace(origin, axes=origin.axes[:axis] + origin.axes[axis + 1 :])
+        if axis in axes:
+            at = axes.index(axis)
+            array = array.squeeze(at)
+            axes = axes[:at] + axes[at + 1 :]
+            if origin is not None:
+                origin = replace(origin, index=origin.index.squeeze(at))
+        if axes:
+            kept.append(Factor(tuple(a - (a > axis) for a in axes), array, origin))
+    return tuple(kept)
+
+
+def reshape_factor(
+    factor: Factor, before: Sequence[int], after: Sequence[int], value: int, record: int
+) -> Factor | None:
+    """The factor after ``view``; None if it would mix with axes outside one run of sizes.
+
+    Args:
+        factor: labels before the view.
+        before: shape before.
+        after: shape after.
+        value: id of the tensor that is viewed, the origin of a factor that becomes joint.
+        record: index of the operator.
+    """
+    runs = list(matching_runs(before, after))
+    owner = {a: k for k, (ins, _) in enumerate(runs) for a in ins}
+    touched = sorted({owner[a] for a in factor.axes})
+    trivial = all(len(runs[k][0]) == len(runs[k][1]) == 1 for k in touched)
+    renamed = {ins[0]: outs[0] for ins, outs in runs if len(ins) == len(outs) == 1}
+    if trivial:
+        axes = tuple(renamed[a] for a in factor.axes)
+        return Factor(axes, factor.labels, _renamed_origin(factor, renamed, len(after), axes))
+    if len(touched) > 1:
+        return None
+    ins, outs = runs[touched[0]]
+    labels = _through_run(factor.labels, factor.axes, ins, outs, before, after)
+    origin = factor.origin
+    lone = all(before[a] == 1 or a in factor.axes for a in ins)
+    if origin is None and lone and len(factor.axes) == 1:
+        index = np.arange(before[factor.axes[0]])
+        origin = Origin(value, factor.axes[0], index, tuple(range(len(before))), record)
+    axes = tuple(a for a in outs if after[a] > 1)
+    labels = labels.reshape([after[a] for a in axes])
+    if origin is not None and lone:
+        index = _through_run(origin.index, factor.axes, ins, outs, before, after)
+        lineage = _renamed_origin(replace(factor, origin=origin), renamed, len(after), axes)
+        origin = lineage and replace(lineage, index=index.reshape(labels.shape))
+    else:
+        origin = None
+    return _without_constant_axes(Factor(axes, labels, origin))
+
+
+def _renamed_origin(
+    factor: Factor, renamed: dict[int, int], ndim: int, channel_axes: tuple[int, ...]
+) -> Origin | None:
+    if factor.origin is None:
+        return None
+    axes: list[int | None] = [None] * ndim
+    for old, new in renamed.items():
+        if new not in channel_axes:
+            axes[new] = factor.origin.axes[old]
+    return replace(factor.origin, axes=tuple(axes))
+
+
+def _through_run(
+    array: IntArray,
+    axes: tuple[int, ...],
+    ins: tuple[int, ...],
+    outs: tuple[int, ...],
+    before: Sequence[int],
+    after: Sequence[int],
+) -> IntArray:
+    """Spread an array over all axes of one run and give it the run's new shape."""
+    spread = array.reshape([before[a] if a in axes else 1 for a in ins])
+    full = np.broadcast_to(spread, [before[a] for a in ins])
+    return full.reshape([after[a] for a in outs])
+
+
+def _without_constant_axes(factor: Factor) -> Factor:
+    """Drop axes along which nothing changes: flatten, then unflatten, gives one axis back."""
+    axes, labels = list(factor.axes), factor.labels
+    for at in reversed(range(len(axes))):
+        if len(axes) > 1 and bool((labels == labels.take([0], axis=at)).all()):
+            labels = labels.take(0, axis=at)
+            axes.pop(at)
+    if len(axes) == len(factor.axes):
+        return factor
+    return Factor(tuple(axes), labels)

@@ -1,0 +1,194 @@
+"""The ledger: everything the rules find out about a model while they walk its record.
+
+Rules only ever add to it. Solving what was added is the business of ``fxprune.coupling``.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from fxprune.errors import Refusal
+from fxprune.ops.labels import Factor, IntArray, Labels
+
+
+class Role(StrEnum):
+    """What one axis of one parameter is to a channel."""
+
+    PRODUCER = "producer"  # rows that compute the channel
+    CONSUMER = "consumer"  # columns that read it
+    DEPTHWISE = "depthwise"  # a filter of its own per channel
+    AFFINE = "affine"  # bias, normalisation statistics, per-channel scales
+    FIXED = "fixed"  # kernel and other axes that are not channels
+
+
+@dataclass(slots=True, eq=False)
+class ParameterAxis:
+    """Labels of one axis of one parameter or buffer.
+
+    With ``blocks == 1``, ``labels`` has one entry per index of the axis. The per-group axis of a
+    grouped convolution has ``blocks == groups`` and one entry per (group, index), group by group:
+    each block of rows has columns of its own.
+    """
+
+    labels: IntArray
+    blocks: int
+    role: Role
+    node: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contraction:
+    """A product of axis sizes, in multiply-adds: ``scale`` times the kept count of each factor."""
+
+    record: int
+    scale: float
+    factors: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Rows of labels that must all lose equally many positions."""
+
+    labels: IntArray  # [blocks, positions]
+    node: str
+    op: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gather:
+    """A value that is ``index_select(source, axis, index)``, however the model spells it."""
+
+    source: int
+    axis: int
+    index: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelRead:
+    """An operator other than a weight contraction that reduces over a channel axis.
+
+    Attributes:
+        record: index of the record.
+        node: graph node that executed it.
+        argument: name of the operand in the operator's schema.
+        axis: the channel axis of that operand.
+        labels: its labels.
+        exact: zeroing removed positions is what leaving them out does (sums); otherwise the
+            statistic changes and has to be evaluated on the kept positions.
+    """
+
+    record: int
+    node: str
+    argument: str
+    axis: int
+    labels: IntArray
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SizedUse:
+    """An operator with sizes or positions among its arguments that a narrower axis changes."""
+
+    record: int
+    labels: IntArray
+
+
+@dataclass(slots=True, eq=False)
+class Ledger:
+    """Equations, freezes, roles and costs, in the order in which they were found."""
+
+    n_labels: int = 0
+    pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    frozen: list[tuple[IntArray, Refusal]] = field(default_factory=list)
+    parameters: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
+    grouped: dict[str, int] = field(default_factory=dict)
+    contractions: list[Contraction] = field(default_factory=list)
+    blocks: list[Blocks] = field(default_factory=list)
+    gathers: dict[int, Gather] = field(default_factory=dict)
+    reads: list[ChannelRead] = field(default_factory=list)
+    sized: list[SizedUse] = field(default_factory=list)
+    group_counts: dict[int, IntArray] = field(default_factory=dict)
+    nonempty: list[IntArray] = field(default_factory=list)
+    values: dict[int, Labels] = field(default_factory=dict)
+    weights: set[int] = field(default_factory=set)
+    _owners: list[tuple[int, str, int]] = field(default_factory=list)
+    _aliases: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def fresh(self, n: int) -> IntArray:
+        """``n`` labels that nothing else has."""
+        start = self.n_labels
+        self.n_labels += n
+        return np.arange(start, self.n_labels, dtype=np.int64)
+
+    def equate(self, a: IntArray, b: IntArray) -> None:
+        """Positions of ``a`` and ``b`` (same shape after broadcasting) live and die together."""
+        if a is b:
+            return
+        a, b = np.broadcast_arrays(a, b)
+        differ = a != b
+        if differ.any():
+            self.pairs.append((a[differ], b[differ]))
+
+    def freeze(self, labels: IntArray, refusal: Refusal) -> None:
+        """Keep these positions whatever happens, and remember why."""
+        if labels.size:
+            self.frozen.append((labels.ravel(), refusal))
+
+    def own(self, name: str, axis: int, size: int, role: Role, node: str) -> IntArray:
+        """Labels of a parameter axis; fresh ones on first use."""
+        found = self.parameters.get((name, axis))
+        if found is None:
+            labels = self.fresh(size)
+            self._owners.append((int(labels[0]), name, axis))
+            found = self.parameters[name, axis] = ParameterAxis(labels, 1, role, node)
+        elif found.role is Role.FIXED and role is not Role.FIXED:
+            found.role = role
+        return found.labels
+
+    def adopt(
+        self, name: str, axis: int, labels: IntArray, role: Role, node: str, blocks: int = 1
+    ) -> None:
+        """Give a parameter axis these labels: directly on first use, by equations after."""
+        found = self.parameters.get((name, axis))
+        if found is None:
+            self.parameters[name, axis] = ParameterAxis(labels, blocks, role, node)
+            return
+        if found.role is Role.FIXED:
+            found.role = role
+        self.equate(found.labels, labels)
+
+    def mark(self, labels: IntArray, role: Role) -> None:
+        """Set the role of the parameter axis that owns these fresh labels (weights in a chain)."""
+        starts = [start for start, _, _ in self._owners]
+        at = int(np.searchsorted(starts, int(labels.flat[0]), side="right")) - 1
+        if at >= 0:
+            _, name, axis = self._owners[at]
+            self.parameters[name, axis].role = role
+
+    def settle(self, factor: Factor, refusal: Refusal, keep: int | None = None) -> Factor:
+        """Make a joint factor a factor over one axis: its entries along the others become one.
+
+        A joint factor that is only a part of the axis it came from cannot be settled by itself:
+        its siblings would no longer fit the reshape. Then everything it came from is frozen.
+        """
+        if len(factor.axes) == 1:
+            return factor if factor.origin is None else Factor(factor.axes, factor.labels)
+        keep = factor.axes[0] if keep is None else keep
+        at = factor.axes.index(keep)
+        lead = factor.labels[tuple(slice(None) if k == at else 0 for k in range(len(factor.axes)))]
+        shape = [-1 if k == at else 1 for k in range(len(factor.axes))]
+        self.equate(factor.labels, lead.reshape(shape))
+        if factor.origin is not None:
+            self.sized.append(SizedUse(factor.origin.record, factor.labels))
+        self.freeze_partial_origin(factor, refusal)
+        return Factor((keep,), lead)
+
+    def freeze_partial_origin(self, factor: Factor, refusal: Refusal) -> None:
+        """Freeze the axis that a factor came from, unless the factor is all of it."""
+        if factor.origin is None:
+            return
+        for whole in self.values[factor.origin.value]:
+            if whole.axes == (factor.origin.axis,) and whole.labels.size > factor.labels.size:
+                self.freeze(whole.labels, refusal)

@@ -1,0 +1,145 @@
+"""Graph calls whose arguments hold sizes or positions: where they are, and what follows from them.
+
+An operator inside a graph call may depend on the width of a channel axis (a ``view`` to 256
+channels). The call can be pruned only if that number can be changed: because the call reads it off
+its input (``ADAPTIVE``), or because the argument that holds it is known (``SIZED``). Everything
+else is refused while coupling, so the rewriter never meets a size that it cannot set.
+"""
+
+import operator
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+
+class Kind(StrEnum):
+    """What the arguments of a sized call mean."""
+
+    SHAPE = "shape"  # from argument 1: the sizes of the result
+    CREATE = "create"  # from argument 0: the sizes of the result
+    UNFLATTEN = "unflatten"  # (x, dim, sizes)
+    SPLIT = "split"  # (x, sizes or size, dim)
+    CHUNK = "chunk"  # (x, count, dim)
+    INDEX = "index"  # x[...]
+    NARROW = "narrow"  # (x, dim, start, length)
+    SELECT = "select"  # (x, dim, index)
+    PAD = "pad"  # (x, [before, after, ...] from the last axis)
+
+
+SIZED: dict[Any, Kind] = {
+    "view": Kind.SHAPE,
+    "reshape": Kind.SHAPE,
+    torch.reshape: Kind.SHAPE,
+    "expand": Kind.SHAPE,
+    "new_zeros": Kind.SHAPE,
+    "new_ones": Kind.SHAPE,
+    "new_empty": Kind.SHAPE,
+    "new_full": Kind.SHAPE,
+    torch.zeros: Kind.CREATE,
+    torch.ones: Kind.CREATE,
+    torch.empty: Kind.CREATE,
+    torch.full: Kind.CREATE,
+    "unflatten": Kind.UNFLATTEN,
+    torch.unflatten: Kind.UNFLATTEN,
+    nn.Unflatten: Kind.UNFLATTEN,
+    "split": Kind.SPLIT,
+    torch.split: Kind.SPLIT,
+    "split_with_sizes": Kind.SPLIT,
+    torch.split_with_sizes: Kind.SPLIT,
+    "chunk": Kind.CHUNK,
+    torch.chunk: Kind.CHUNK,
+    "tensor_split": Kind.CHUNK,
+    torch.tensor_split: Kind.CHUNK,
+    operator.getitem: Kind.INDEX,
+    "narrow": Kind.NARROW,
+    torch.narrow: Kind.NARROW,
+    "select": Kind.SELECT,
+    torch.select: Kind.SELECT,
+    F.pad: Kind.PAD,
+    nn.ConstantPad1d: Kind.PAD,
+    nn.ConstantPad2d: Kind.PAD,
+    nn.ConstantPad3d: Kind.PAD,
+    nn.ZeroPad2d: Kind.PAD,
+}
+
+# Calls that take every size from their inputs (or from the shapes of their parameters).
+ADAPTIVE: frozenset[Any] = frozenset(
+    {
+        "flatten",
+        torch.flatten,
+        nn.Flatten,
+        "view_as",
+        "reshape_as",
+        "expand_as",
+        "squeeze",
+        torch.squeeze,
+        "unsqueeze",
+        torch.unsqueeze,
+        "unbind",
+        torch.unbind,
+        F.glu,
+        nn.GLU,
+        F.linear,
+        nn.Linear,
+        torch.matmul,
+        "matmul",
+        operator.matmul,
+        "zeros_like",
+        torch.zeros_like,
+        torch.ones_like,
+        torch.broadcast_tensors,
+        F.instance_norm,
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
+        F.batch_norm,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        F.prelu,
+        nn.PReLU,
+        torch.einsum,
+    }
+)
+
+# Leaf modules whose attributes repeat the shapes of their parameters, and which attributes:
+# (attribute, parameter, axis). ``groups`` of convolutions follows from the record.
+MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
+    nn.Linear: (("out_features", "weight", 0), ("in_features", "weight", 1)),
+    nn.Embedding: (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1)),
+    nn.PReLU: (("num_parameters", "weight", 0),),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (("out_channels", "weight", 0),)),
+    **dict.fromkeys(
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        (("in_channels", "weight", 0),),
+    ),
+    **dict.fromkeys(
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        (("num_features", "weight", 0), ("num_features", "running_mean", 0)),
+    ),
+    **dict.fromkeys(
+        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        (("num_features", "weight", 0), ("num_features", "running_mean", 0)),
+    ),
+}
+
+
+def target_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    """What a node calls, as the tables name it: function, method name, or module class."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(str(node.target)))
+    return node.target
+
+
+def can_resize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether sizes inside the call follow a narrower input, or can be set."""
+    target = target_of(graph_module, node)
+    return target in SIZED or target in ADAPTIVE
+
+
+def can_hold_slim_parameters(module: nn.Module) -> bool:
+    """Whether every size attribute of a leaf module is known, so its parameters may shrink."""
+    return type(module) in MODULE_SIZES

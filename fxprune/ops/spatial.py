@@ -1,0 +1,114 @@
+"""Operators that act inside each channel (pooling, resizing, patches) and batch normalisation."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from fxprune.ops.call import FIXED_AXIS, Call, Operand
+from fxprune.ops.labels import Factor, Labels
+from fxprune.ops.ledger import Role
+
+Rule = Callable[[Call], tuple[Labels, ...]]
+
+
+def per_channel(call: Call) -> tuple[Labels, ...]:
+    """The last n axes are space (n is in the operator's name), everything before them passes."""
+    match = re.search(r"([123])d", call.op)
+    assert match is not None
+    x = next(call.operands())
+    spatial = int(match.group(1))
+    leading = set(range(len(x.shape) - spatial))
+    x.pin(leading)
+    labels = tuple(Factor((a,), found) for a, found in x.axes().items() if a in leading)
+    return (labels,) * len(call.results)
+
+
+def batch_norm(call: Call) -> tuple[Labels, ...]:
+    """Axis 1 is the channel axis of the input and of all four statistics."""
+    x = next(call.operands())
+    x.pin({1})
+    labels = x.axes().get(1)
+    statistics = [
+        operand
+        for name in ("weight", "bias", "running_mean", "running_var")
+        if isinstance(operand := call.get(name), Operand) and operand.shape != (1,)
+    ]
+    if labels is None:
+        for operand in statistics:
+            own = operand.own(0, Role.AFFINE)
+            if own is not None:
+                call.freeze(own, *FIXED_AXIS)
+        return ((),) * len(call.results)
+    for operand in statistics:
+        operand.adopt(0, labels, Role.AFFINE)
+    rest = len(call.results) - 1
+    return ((Factor((1,), labels),), *((),) * rest)
+
+
+def im2col(call: Call) -> tuple[Labels, ...]:
+    """``unfold``: ``[N, C, H, W] -> [N, C*kh*kw, sites]``; every channel becomes a block."""
+    x = call["self"]
+    channels = len(x.shape) - 3
+    x.pin({channels})
+    labels = x.axes().get(channels)
+    if labels is None:
+        return ((),)
+    return ((Factor((channels,), np.repeat(labels, _area(call["kernel_size"]))),),)
+
+
+def col2im(call: Call) -> tuple[Labels, ...]:
+    """``fold``: the kernel positions of one channel go together."""
+    x = call["self"]
+    channels = len(x.shape) - 2
+    x.pin({channels})
+    labels = x.axes().get(channels)
+    if labels is None:
+        return ((),)
+    blocks = labels.reshape(-1, _area(call["kernel_size"]))
+    call.ledger.equate(blocks, blocks[:, :1])
+    if len(blocks) == 1:
+        call.freeze(blocks, *FIXED_AXIS)
+        return ((),)
+    return ((Factor((channels,), np.ascontiguousarray(blocks[:, 0])),),)
+
+
+def _area(kernel: list[int]) -> int:
+    return int(np.prod(kernel))
+
+
+def grid_sample(call: Call) -> tuple[Labels, ...]:
+    """Samples every channel at the same places."""
+    x, grid = call["input"], call["grid"]
+    x.pin({1})
+    grid.pin(set())
+    labels = x.axes().get(1)
+    return (() if labels is None else (Factor((1,), labels),),)
+
+
+_PER_CHANNEL = (
+    "max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d _adaptive_avg_pool{n}d "
+    "adaptive_avg_pool{n}d adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d "
+    "upsample_nearest{n}d _upsample_nearest_exact{n}d max_unpool{n}d fractional_max_pool{n}d"
+)
+_BATCH_NORMS = (
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+    "_batch_norm_no_update _batch_norm_with_update cudnn_batch_norm batch_norm"
+)
+_RESIZE = (
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+)
+RULES: dict[str, Rule] = {
+    **{
+        f"aten::{name}": per_channel
+        for n in (1, 2, 3)
+        for name in _PER_CHANNEL.format(n=n).split()
+    },
+    **{f"aten::{name}": per_channel for name in _RESIZE.split()},
+    **{f"aten::{name}": batch_norm for name in _BATCH_NORMS.split()},
+    "aten::im2col": im2col,
+    "aten::col2im": col2im,
+    "aten::grid_sampler_2d": grid_sample,
+    "aten::grid_sampler_3d": grid_sample,
+}
