@@ -44,6 +44,7 @@ def _describe(
 ) -> dict[str, Any]:
     where = f"module {path or '(root)'} ({type(module).__module__}.{type(module).__qualname__})"
     _check_no_hooks(module, where)
+    nodes = describe_graph(module.graph, encoder) if isinstance(module, fx.GraphModule) else []
 
     def keys(group: Mapping[str, Tensor | None]) -> dict[str, str | None]:
         return {
@@ -69,8 +70,7 @@ def _describe(
         },
     }
     if isinstance(module, fx.GraphModule):
-        record["graph_class"] = type(module).__name__
-        record["nodes"] = describe_graph(module.graph, encoder)
+        record |= {"graph_class": type(module).__name__, "nodes": nodes}
     return {key: value for key, value in record.items() if value not in ({}, [])}
 
 

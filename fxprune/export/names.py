@@ -131,7 +131,8 @@ class Names:
         if not isinstance(name, str) or not name.isidentifier():
             raise ArtifactError(f"{name!r} is not the name of a method or attribute")
         if name.startswith("_"):
-            allowed = hasattr(operator, name) and hasattr(torch.Tensor, name)
+            arithmetic = isinstance(vars(operator).get(name), types.BuiltinFunctionType)
+            allowed = arithmetic and hasattr(torch.Tensor, name)
         elif self.trust:
             allowed = True
         else:
@@ -174,6 +175,8 @@ def _candidates(target: Any) -> list[tuple[str, str]]:
     if not isinstance(name, str) or not _is_dotted(name):
         return []
     found = [(module, name) for module in _PUBLIC]
+    # torch.linalg.norm calls itself linalg_norm.
+    found += [(home, name.partition("_")[2]) for home in _TENSOR_NAMESPACES if "_" in name]
     if getattr(torch.Tensor, name, None) is target:
         found.append(("torch", f"Tensor.{name}"))
     module, path = getattr(target, "__module__", None), getattr(target, "__qualname__", "")

@@ -229,8 +229,8 @@ def _write(
     folder: Path, document: Mapping[str, Any], tensors: TensorTable, plan: str | None
 ) -> None:
     data = {key: _own_copy(tensor) for key, tensor in tensors.data.items()}
-    # "format": "pt" is what other readers of safetensors files look for.
-    metadata = {"format": "pt", "fxprune_format": FORMAT, "fxprune_version": str(VERSION)}
+    # One entry only: safetensors writes several in random order, and equal models give equal files.
+    metadata = {FORMAT: str(VERSION)}
     try:
         save_file(data, folder / WEIGHTS_FILE, metadata)
     except (SafetensorError, KeyError, ValueError) as error:
