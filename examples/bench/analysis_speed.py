@@ -212,10 +212,8 @@ def main() -> int:
         "MACs kept",
         "by peer",
     ]
-    print(
-        f"\nModel to slim model, median of {options.repeats} runs, {options.threads} thread(s), 1x3x224x224,"
-    )
-    print(f"PyTorch {torch.__version__}, Torch-Pruning {version('torch-pruning')}.\n")
+    print(f"\nModel to slim model, median of {options.repeats} runs, {options.threads} thread(s),")
+    print(f"PyTorch {torch.__version__}, Torch-Pruning {version('torch-pruning')}, 224x224.\n")
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 7)))
     print("\nfxprune, milliseconds per stage:\n")
     stage_rows = [stage_row(name, result) for name, result in results.items()]
