@@ -136,7 +136,7 @@ def test_what_could_not_be_loaded_again_is_refused_when_saved(case, tmp_path):
     build, message = UNSAVABLE[case]
     with pytest.raises(ArtifactError, match=message):
         save(build(), tmp_path / "deep" / "slim")
-    assert [*tmp_path.rglob("slim*"), *tmp_path.rglob(".slim*")] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # Files that are not right

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import fx, nn
 
-import fxprune.export.save
 from fxprune.errors import ArtifactError
 from fxprune.export.save import check_target, is_artifact, load, read_inputs, save
 from fxprune.vision import import_torchvision
@@ -282,6 +282,16 @@ def test_the_plan_of_a_result_is_written_beside_its_model(tmp_path):
     assert_equal(load(path)(x), module(x))
 
 
+def test_a_plan_that_is_missing_or_not_the_models_own_is_refused(tmp_path):
+    path = save(result_of(*net("tied"), plan='{"kept": [1]}'), tmp_path / "slim")
+    (path / "plan.json").write_text('{"kept": [2]}')
+    with pytest.raises(ArtifactError, match="not the plan that was saved with the model"):
+        load(path)
+    (path / "plan.json").unlink()
+    with pytest.raises(ArtifactError, match=r"plan\.json.* incomplete"):
+        load(path)
+
+
 def test_shapes_and_dtypes_of_the_example_inputs_are_recorded_and_passed_on(tmp_path):
     module, _ = net("conv")
     tokens = torch.zeros(1, 7, dtype=torch.int64)
@@ -347,7 +357,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         check_target(tmp_path / "slim")
 
 
-@pytest.mark.parametrize("step", ["save_file", "_check_reads_back", "_dumps"])
+@pytest.mark.parametrize("step", ["safetensors.torch.save_file", "_check_reads_back", "_dumps"])
 def test_a_save_that_fails_half_way_leaves_nothing_and_keeps_what_was_there(
     step, tmp_path, monkeypatch
 ):
@@ -356,8 +366,8 @@ def test_a_save_that_fails_half_way_leaves_nothing_and_keeps_what_was_there(
 
     old = save(net("tied")[0], tmp_path / "old")
     before = {file.name: file.read_bytes() for file in old.iterdir()}
-    monkeypatch.setattr(fxprune.export.save, step, fail)
-    for target in ("new", "old"):
+    monkeypatch.setattr(f"fxprune.export.save.{step}", fail)
+    for target in ("new", "old", "deep/new"):
         with pytest.raises(ArtifactError, match="No space left"):
             save(net("conv")[0], tmp_path / target, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["old"]
@@ -380,11 +390,11 @@ def test_what_was_there_is_put_back_when_the_last_step_fails(tmp_path, monkeypat
 
 
 def test_weights_that_were_not_written_as_they_are_stop_the_save(tmp_path, monkeypatch):
-    original = fxprune.export.save.save_file
+    original = safetensors.torch.save_file
 
     def corrupt(data, *rest):
         original({key: value + 1 for key, value in data.items()}, *rest)
 
-    monkeypatch.setattr(fxprune.export.save, "save_file", corrupt)
+    monkeypatch.setattr(safetensors.torch, "save_file", corrupt)
     with pytest.raises(ArtifactError, match=r"differs in a\.bias"):
         save(net("tied")[0], tmp_path / "slim")

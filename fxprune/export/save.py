@@ -5,6 +5,7 @@ its layers) and, where there is one, ``plan.json``. The format is described in
 ``docs/reference/artifacts.md``.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from fxprune.errors import ArtifactError
@@ -56,17 +57,19 @@ def save(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False) -
     module, plan, inputs = _parts(model)
     target = Path(path).resolve()
     check_target(target, overwrite=overwrite)
-    document, tensors = _describe(module, inputs)
+    document, tensors = _describe(module, inputs, plan)
+    # Parents that are missing are made last, so that a failure leaves none of them.
+    beside = next(folder for folder in target.parents if folder.exists())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=beside))
     except OSError as error:
-        raise ArtifactError(f"cannot write to {target.parent}: {error}") from error
+        raise ArtifactError(f"cannot write to {beside}: {error}") from error
     try:
         folder = scratch / "new"
         folder.mkdir()
         _write(folder, document, tensors, plan)
         _check_reads_back(folder, document, tensors)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _move_into_place(folder, target, scratch / "old")
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error}") from error
@@ -94,6 +97,7 @@ def load(path: str | os.PathLike[str], *, trust: str | Sequence[str] = ()) -> fx
     """
     folder = Path(path)
     document = _read_document(folder)
+    _check_plan(folder / PLAN_FILE, document.get("plan"))
     data = _read_weights(folder / WEIGHTS_FILE)
     names = Names((trust,) if isinstance(trust, str) else tuple(trust))
     try:
@@ -190,7 +194,9 @@ def _read_input(item: Mapping[str, Any]) -> Any:
     return torch.empty(item["shape"], dtype=getattr(torch, item["dtype"]), device="meta")
 
 
-def _describe(module: fx.GraphModule, inputs: Any) -> tuple[dict[str, Any], TensorTable]:
+def _describe(
+    module: fx.GraphModule, inputs: Any, plan: str | None
+) -> tuple[dict[str, Any], TensorTable]:
     tensors = TensorTable()
     modules = describe_modules(module, tensors)
     tensors.check_no_partial_sharing()
@@ -200,6 +206,7 @@ def _describe(module: fx.GraphModule, inputs: Any) -> tuple[dict[str, Any], Tens
         "torch": str(torch.__version__),
         "trust": sorted({name for name in map(trust_needed, _names_in(modules)) if name}),
         "inputs": inputs,
+        "plan": None if plan is None else _digest(plan.encode()),
         "modules": modules,
         "tensors": tensors.records,
     }
@@ -232,7 +239,7 @@ def _write(
     # One entry only: safetensors writes several in random order, and equal models give equal files.
     metadata = {FORMAT: str(VERSION)}
     try:
-        save_file(data, folder / WEIGHTS_FILE, metadata)
+        safetensors.torch.save_file(data, folder / WEIGHTS_FILE, metadata)
     except (SafetensorError, KeyError, ValueError) as error:
         dtypes = sorted({str(tensor.dtype) for tensor in data.values()})
         raise ArtifactError(
@@ -240,7 +247,7 @@ def _write(
         ) from error
     (folder / GRAPH_FILE).write_text(_dumps(document), encoding="utf-8")
     if plan is not None:
-        (folder / PLAN_FILE).write_text(plan, encoding="utf-8")
+        (folder / PLAN_FILE).write_bytes(plan.encode())
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
@@ -273,10 +280,10 @@ def _dump_record(record: Mapping[str, Any]) -> str:
 def _check_reads_back(folder: Path, document: Mapping[str, Any], tensors: TensorTable) -> None:
     """Load what was written and compare it, bit by bit, with what was to be written."""
     try:
-        again, found = _describe(load(folder, trust=document["trust"]), document["inputs"])
+        again, found = _describe(load(folder, trust=document["trust"]), document["inputs"], None)
     except ArtifactError as error:
         raise ArtifactError(f"the model could not be loaded again: {error}") from error
-    different = [key for key in document if again[key] != document[key]]
+    different = [key for key in ("modules", "tensors") if again[key] != document[key]]
     different += [key for key, tensor in tensors.data.items() if not _same(tensor, found.data[key])]
     if different:
         raise ArtifactError(
@@ -328,9 +335,25 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; the folder is incomplete")
     try:
-        return load_file(file)
+        return safetensors.torch.load_file(file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _check_plan(file: Path, digest: Any) -> None:
+    """Refuse a folder whose plan is missing or not the one that its model was made by."""
+    if digest is None:
+        return
+    try:
+        found = _digest(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error}); the folder is incomplete") from error
+    if found != digest:
+        raise ArtifactError(f"{file} is damaged: it is not the plan that was saved with the model")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _some(names: Any) -> str:
