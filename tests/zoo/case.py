@@ -44,7 +44,7 @@ class Case:
         make_inputs: ``(batch, height, width, generator) -> example inputs``, float64.
         channels: how many channels can be removed, counted by hand; ``None`` where more than one
             count is defensible (blocks of a grouped convolution, say).
-        fixed: layers whose outputs must keep their full width (network outputs, refused operations).
+        fixed: layers whose outputs must keep their full width (network outputs, refused ones).
         either: layers that an engine may prune or may keep.
         readers: for a raw parameter that a functional contraction reads, its summed-away axis.
         resizes: the network itself takes other image sizes.

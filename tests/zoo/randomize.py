@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -24,9 +25,34 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.copy_(_value(module, name, parameter, generator))
-            for name, buffer in module.named_buffers(recurse=False):
-                if name in ("running_mean", "running_var"):
-                    buffer.copy_(_statistic(name, buffer, generator))
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+                module.running_mean.copy_(_uniform(module.running_mean, -0.5, 0.5, generator))
+                module.running_var.copy_(_uniform(module.running_var, 0.5, 2.0, generator))
+    return model
+
+
+def randomize_deep(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
+    """Randomise as ``randomize`` does, with statistics that keep deep signals alive on ``x``.
+
+    Every batch norm gets the mean and variance of what it sees, each off by a random amount.
+    Without this the output of a deep network hardly depends on its input.
+    """
+    randomize(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def follow(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        axes = [axis for axis in range(args[0].dim()) if axis != 1]
+        mean, var = args[0].mean(axes), args[0].var(axes).clamp(min=0.01)
+        off = _uniform(mean, -0.5, 0.5, generator).to(mean.dtype)
+        module.running_mean.copy_(mean + off * var.sqrt())
+        module.running_var.copy_(var * _uniform(var, 0.5, 2.0, generator))
+
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
+    hooks = [m.register_forward_pre_hook(follow) for m in norms]
+    with torch.no_grad():
+        model.eval()(x)
+    for hook in hooks:
+        hook.remove()
     return model
 
 
@@ -39,12 +65,8 @@ def _value(module: nn.Module, name: str, old: Tensor, generator: torch.Generator
     if old.numel() == max(old.shape, default=1):  # biases, and scales such as [1, C, 1, 1]
         return _uniform(old, -0.6, 0.6, generator)
     spread = 1.3 / math.sqrt(old.numel() / old.shape[0])
-    return torch.randn(old.shape, generator=generator, dtype=torch.float64) * spread
-
-
-def _statistic(name: str, old: Tensor, generator: torch.Generator) -> Tensor:
-    low, high = (-0.5, 0.5) if name == "running_mean" else (0.5, 2.0)
-    return _uniform(old, low, high, generator)
+    dtype = torch.float32 if old.numel() > 1_000_000 else torch.float64  # large ones: for speed
+    return torch.randn(old.shape, generator=generator, dtype=dtype) * spread
 
 
 def _uniform(like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:

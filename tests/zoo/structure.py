@@ -194,6 +194,35 @@ class Dropouts(nn.Module):
         return self.head(self.drop(self.last(self.drop2d(self.stem(x)))))
 
 
+class FunctionalDropout(nn.Module):
+    """Dropout and stochastic depth written as functions of ``self.training``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 13)
+        self.branch = conv_bn(13, 13)
+        self.skip = StochasticDepth(0.4)
+        self.head = Head(13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.stem(x), 0.3, training=self.training)
+        return self.head(x + self.skip(self.branch(x)))
+
+
+class StochasticDepth(nn.Module):
+    """Drops a whole residual branch per image while training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
 class WidthScale(nn.Module):
     """The number of channels is read as a number: it must stay the original one."""
 
@@ -270,6 +299,7 @@ CASES: dict[str, Case] = {
     "two_positional": Case(TwoInputs, 11 + 7 + 13, two_positional),
     "many_outputs": Case(ManyOutputs, 13 + 11, fixed=("head", "boxes", "shown")),
     "dropouts": Case(Dropouts, 13 + 11),
+    "functional_dropout": Case(FunctionalDropout, 13),
     "width_scale": Case(WidthScale, 13 + 11),
     "shared_batch_norm": Case(SharedBatchNorm, 11 + 7),
     "unused_layer": Case(UnusedLayer, 13 + 11, fixed=("head", "spare")),

@@ -1,0 +1,238 @@
+"""A slim model computes exactly what the original computes with the removed channels off.
+
+Everything runs in float64 on random weights and random batch norm statistics, and is compared with
+an oracle that shares no code with the library (``tests/oracle.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune as fp
+from tests.oracle import (
+    assert_same_function,
+    call,
+    masked_original,
+    outputs,
+    prune_as_far_as_possible,
+    relative_error,
+    widths,
+)
+from tests.zoo.models import EXACT, ZOO, build
+
+HALF = 0.5
+
+
+def half_plan(deps: fp.DependencyGraph, seed: int = 0) -> fp.PruningPlan:
+    """Plan to keep half of every group, chosen at random: no ranking can spare a group."""
+    ratios = {group.name: HALF for group in deps.groups}
+    return fp.plan(deps, fp.Random(seed=seed)(deps), ratios=ratios)
+
+
+@pytest.mark.parametrize(("budget", "seed"), [(0.9, 0), (0.5, 1), (0.2, 2)])
+@pytest.mark.parametrize("name", EXACT)
+def test_slim_equals_the_masked_original(name: str, budget: float, seed: int) -> None:
+    case, model = EXACT[name], build(name, seed)
+    inputs = case.inputs(seed=seed)
+    result = prune_as_far_as_possible(model, inputs, budget)
+    masked = masked_original(model, result.plan, case.readers)
+    assert result.verdict.ok
+    assert_same_function(result.model, masked, inputs)
+    assert_same_function(result.model, masked, case.other_inputs(seed=seed + 1))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_half_of_every_group_equals_the_masked_original(name: str) -> None:
+    case, model = EXACT[name], build(name, 3)
+    inputs = case.inputs(seed=3)
+    traced = fp.trace(model, inputs)
+    plan = half_plan(fp.analyze(traced))
+    slim = fp.rewrite(traced, plan)
+    masked = masked_original(model, plan, case.readers)
+    assert_same_function(slim, masked, inputs)
+    assert_same_function(slim, masked, case.other_inputs(seed=4))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_no_layer_is_spared_but_those_that_must_be(name: str) -> None:
+    case, model = ZOO[name], build(name)
+    traced = fp.trace(model, case.inputs())
+    slim = fp.rewrite(traced, half_plan(fp.analyze(traced)))
+    before, after = widths(model), widths(slim)
+    assert before.keys() == after.keys()
+    for layer, width in before.items():
+        if layer.split(".")[0] in case.fixed:
+            assert after[layer] == width, layer
+        elif layer.split(".")[0] not in case.either:
+            assert after[layer] <= 0.7 * width, layer
+
+
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.channels])
+def test_the_number_of_channels_is_the_one_counted_by_hand(name: str) -> None:
+    case = ZOO[name]
+    deps = fp.analyze(fp.trace(build(name), case.inputs()))
+    assert deps.n_channels == case.channels
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_pruning_a_slim_model_again_is_as_exact(name: str) -> None:
+    case, model = EXACT[name], build(name, 5)
+    inputs = case.inputs(seed=5)
+    first = prune_as_far_as_possible(model, inputs, 0.75)
+    second = prune_as_far_as_possible(first.model, inputs, 0.6)
+    masked = masked_original(first.model, second.plan, case.readers)
+    assert second.verdict.ok
+    assert_same_function(second.model, masked, inputs)
+    assert_same_function(second.model, masked, case.other_inputs(seed=6))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_slim_trains(name: str) -> None:
+    case, model = ZOO[name], build(name)
+    inputs = case.inputs(batch=4)
+    slim = prune_as_far_as_possible(model, inputs, 0.6).model
+    before = call(slim, inputs)
+    statistics = {n: b.clone() for n, b in slim.named_buffers() if "running" in n}
+
+    slim.train()
+    sum(out.square().mean() for out in outputs(slim, inputs)).backward()
+    learns = {n for n, p in slim.named_parameters() if p.grad is not None}
+    assert learns == parameters_with_gradients(model, inputs)
+    assert all(torch.isfinite(p.grad).all() for p in slim.parameters() if p.grad is not None)
+    for buffer_name, old in statistics.items():
+        assert not torch.equal(slim.get_buffer(buffer_name), old), buffer_name
+    torch.optim.SGD((p for p in slim.parameters() if p.requires_grad), lr=0.1).step()
+
+    slim.eval()
+    assert relative_error(call(slim, inputs), before) > 1e-6
+
+
+def parameters_with_gradients(model: nn.Module, inputs) -> set[str]:
+    """Return the names of the parameters that a backward pass reaches."""
+    model = copy.deepcopy(model).train()
+    sum(out.square().mean() for out in outputs(model, inputs)).backward()
+    return {n for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["dropouts", "functional_dropout"])
+def test_dropout_follows_train_and_eval(name: str) -> None:
+    inputs = ZOO[name].inputs(batch=16)
+    slim = fp.prune(build(name), inputs, flops=0.6).model
+    assert relative_error(call(slim, inputs), call(slim, inputs)) == 0
+    slim.train()
+    assert relative_error(call(slim, inputs), call(slim, inputs)) > 1e-3
+    slim.eval()
+    assert relative_error(call(slim, inputs), call(slim, inputs)) == 0
+
+
+def test_stochastic_depth_stays_switchable() -> None:
+    """Only the functional dropout and the stochastic depth are in train mode, no batch norm."""
+    inputs = ZOO["functional_dropout"].inputs(batch=16)
+    slim = fp.prune(build("functional_dropout"), inputs, flops=0.6).model
+    skip = slim.get_submodule("skip")
+    skip.training = True
+    assert relative_error(call(slim, inputs), call(slim, inputs)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["cumulative_sum", "sorted_channels", "unknown_operation"])
+def test_an_operation_without_a_rule_is_reported(name: str) -> None:
+    deps = fp.analyze(fp.trace(build(name), ZOO[name].inputs()))
+    word = {"cumulative_sum": "cumsum", "sorted_channels": "sort", "unknown_operation": "rotate"}
+    (refusal,) = [r for r in deps.refusals if word[name] in r.op]
+    assert refusal.need
+    assert word[name] in deps.report()
+
+
+def test_nothing_is_refused_where_everything_is_understood() -> None:
+    understood = ["plain_chain", "residual", "dense_block", "grouped_conv", "shuffle_unit", "unet"]
+    for name in understood:
+        deps = fp.analyze(fp.trace(build(name), ZOO[name].inputs()))
+        assert not deps.refusals, name
+
+
+def test_a_mean_over_channels_is_taken_over_the_kept_ones() -> None:
+    """The reference is written out by hand, because here removing is not switching off."""
+    case, model = ZOO["spatial_attention"], build("spatial_attention", 8)
+    inputs = case.inputs(seed=8)
+    result = fp.prune(model, inputs, flops=0.5)
+    kept = kept_rows(model.stem[0].weight, result.model.get_parameter("stem.0.weight"))
+    assert 0 < len(kept) < 13
+    assert result.verdict.ok
+    assert result.verdict.approximate
+    assert_same_function(result.model, AttentionOver(model, kept, result.plan), inputs)
+
+
+class AttentionOver(nn.Module):
+    """``SpatialAttention`` whose mean runs over ``kept`` channels and whose readers skip others."""
+
+    def __init__(self, model: nn.Module, kept: list[int], plan: fp.PruningPlan) -> None:
+        super().__init__()
+        self.masked, self.kept = masked_original(model, plan), kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        m = self.masked
+        x = m.stem(x)
+        gate = torch.sigmoid(m.gate(x[:, self.kept].mean(1, keepdim=True)))
+        return m.head(m.last(x * gate))
+
+
+def kept_rows(weight: torch.Tensor, slim_weight: torch.Tensor) -> list[int]:
+    """Return which rows of ``weight`` the slim weight still holds."""
+    return [i for i, row in enumerate(weight) if any(torch.equal(row, r) for r in slim_weight)]
+
+
+def swap_batch_norm_entries(slim: nn.Module) -> None:
+    for tensor in (slim.get_parameter("bn2.weight"), slim.get_buffer("bn2.running_mean")):
+        tensor.data[:2] = tensor.data[:2].flip(0)
+
+
+def shift_concat_offset(slim: nn.Module) -> None:
+    weight = slim.get_parameter("conv3.weight")
+    weight.data = weight.data.roll(1, dims=1)
+
+
+def drop_a_bias(slim: nn.Module) -> None:
+    slim.get_parameter("conv1.bias").data.zero_()
+
+
+def permute_columns(slim: nn.Module) -> None:
+    weight = slim.get_parameter("head.fc.weight")
+    weight.data = weight.data.flip(1)
+
+
+def scale_one_row(slim: nn.Module) -> None:
+    slim.get_parameter("stem.weight").data[0] *= 1.001
+
+
+MUTANTS = [
+    swap_batch_norm_entries,
+    shift_concat_offset,
+    drop_a_bias,
+    permute_columns,
+    scale_one_row,
+]
+
+
+@pytest.mark.parametrize("mutate", MUTANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verification_rejects_a_corrupted_slim_model(mutate, dtype: torch.dtype) -> None:
+    model = build("dense_block", 9).to(dtype)
+    inputs = ZOO["dense_block"].inputs(seed=9).to(dtype)
+    result = fp.prune(model, inputs, flops=0.6)
+    corrupted = copy.deepcopy(result.model)
+    mutate(corrupted)
+    assert fp.verify(result.traced, result.model, result.plan).ok
+    assert not fp.verify(result.traced, corrupted, result.plan).ok
+
+
+@pytest.mark.parametrize("mutate", MUTANTS)
+def test_the_oracle_rejects_a_corrupted_slim_model(mutate) -> None:
+    model, inputs = build("dense_block", 9), ZOO["dense_block"].inputs(seed=9)
+    result = fp.prune(model, inputs, flops=0.6)
+    mutate(result.model)
+    masked = masked_original(model, result.plan)
+    assert relative_error(call(result.model, inputs), call(masked, inputs)) > 1e-6
