@@ -34,12 +34,14 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> BoundInputs:
     Raises:
         ExampleInputError: the inputs do not fit the signature.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, torch.Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         raise ExampleInputError(
             f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of "

@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
         *,
         meta: bool,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.node = ""
         self.records: list[Record] = []
         self.values: list[Value] = []
@@ -92,9 +92,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _all_known(self, refs: Args, kw_refs: dict[str, Any]) -> bool:
-        return all(
-            self.values[r.id].data is not None for r in _refs_in([*refs, *kw_refs.values()])
-        )
+        return all(self.values[r.id].data is not None for r in _refs_in([*refs, *kw_refs.values()]))
 
     def _needs_twins(self, operands: list[torch.Tensor], *, mutates: bool) -> bool:
         for t in operands:
@@ -215,9 +213,7 @@ def record_graph(
     with torch.no_grad(), recorder:
         output = interpreter.run(*args)
     refs = to_refs(output, recorder)
-    return Recording(
-        tuple(recorder.records), tuple(recorder.values), interpreter.results, refs
-    )
+    return Recording(tuple(recorder.records), tuple(recorder.values), interpreter.results, refs)
 
 
 def record_call(
@@ -232,9 +228,7 @@ def record_call(
     recorder = Recorder(named, list(_leaves((args, kwargs))), meta=meta)
     with torch.no_grad(), recorder:
         output = function(*args, **kwargs)
-    return Recording(
-        tuple(recorder.records), tuple(recorder.values), {}, to_refs(output, recorder)
-    )
+    return Recording(tuple(recorder.records), tuple(recorder.values), {}, to_refs(output, recorder))
 
 
 def _leaves(tree: Any) -> Iterable[torch.Tensor]:

@@ -70,20 +70,40 @@ def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
         CaptureError: control flow that depends on values, or anything else fx cannot trace.
     """
     tracer = _Tracer()
+    before = set(vars(model))
     try:
         with _training_flags(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tracer.trace(model, concrete_args=inputs.defaulted or None)
+        _drop_specialisation_asserts(graph)
+        return build_graph_module(model, graph, type(model).__name__, set(model.state_dict()))
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced symbolically: {type(error).__name__}: "
             f"{error}. Control flow that depends on tensor values or shapes has to move into a "
             "module that stays a leaf, or the part without it has to be pruned on its own"
         ) from error
-    _drop_specialisation_asserts(graph)
+    finally:
+        for name in set(vars(model)) - before:  # fx parks constant tensors on the traced model
+            delattr(model, name)
+
+
+def build_graph_module(
+    root: nn.Module, graph: fx.Graph, class_name: str, persistent: set[str]
+) -> fx.GraphModule:
+    """A GraphModule whose state_dict holds the names in ``persistent`` and no others.
+
+    fx registers every tensor it copies as a persistent buffer: constants of the code and buffers
+    that the author kept out of the state_dict would turn up there.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lint's remark on attributes that are not tensors
-        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+        graph_module = fx.GraphModule(root, graph, class_name)
+    for path, module in graph_module.named_modules():
+        for name in module._buffers:
+            if (f"{path}.{name}" if path else name) not in persistent:
+                module._non_persistent_buffers_set.add(name)
+    return graph_module
 
 
 def _drop_specialisation_asserts(graph: fx.Graph) -> None:

@@ -70,6 +70,8 @@ class TracedModel:
         values: every tensor of that run; ``values[ref.id]``.
         results: per graph node what it returned, tensors replaced by :class:`Ref`.
         frontend: name of the frontend that captured the graph.
+        derived: what was computed from this capture once and is needed again (its dependency
+            graph); never part of the capture itself.
     """
 
     graph_module: fx.GraphModule
@@ -78,6 +80,7 @@ class TracedModel:
     values: tuple[Value, ...]
     results: dict[str, Any]
     frontend: str
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def example_inputs(self) -> tuple[Any, ...]:

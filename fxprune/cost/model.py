@@ -54,6 +54,10 @@ class CostModel:
             linear[channel] += self._scales[term] * (exact - sum(parts))
         return linear
 
+    def added(self, alive: BoolArray) -> FloatArray:
+        """Least cost that keeping each channel in addition would bring, [n_channels]."""
+        return self._linear(self._kept(alive))
+
     def _linear(self, kept: FloatArray) -> FloatArray:
         """Sum over terms and factors of scale * count * (product of the other factors)."""
         factors = kept[self._rows]

@@ -15,14 +15,22 @@ from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger, Role
 
 # Reasons that protect the interface of the model or the inside of a kernel: no operator refused.
-_BY_DESIGN = frozenset({"network-output", "fixed-axis"})
+_BY_DESIGN = frozenset({"network-input", "network-output", "fixed-axis"})
 
 
 def analyze(traced: TracedModel) -> DependencyGraph:
     """Find out which channels of a captured model live and die together.
 
-    Deterministic: the same model gives the same channels, groups and names in the same order.
+    Deterministic: the same model gives the same channels, groups and names in the same order. The
+    result is kept with the capture, so asking again costs nothing.
     """
+    if "dependencies" not in traced.derived:
+        traced.derived["dependencies"] = _analyze(traced)
+    found: DependencyGraph = traced.derived["dependencies"]
+    return found
+
+
+def _analyze(traced: TracedModel) -> DependencyGraph:
     ledger = label(traced)
     solution = solve(ledger)
     names = {name: k for k, (name, _) in enumerate(traced.named_tensors())}
@@ -154,4 +162,3 @@ def _approximate(ledger: Ledger, solution: Solution) -> dict[int, list[str]]:
             for c in np.unique(solution.class_of[read.labels]).tolist():
                 found.setdefault(c, []).append(read.node)
     return found
-

@@ -67,9 +67,9 @@ def _refs(tree: Any) -> list[Ref]:
 def _apply(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> None:
     call = _make_call(traced, index, record, ledger)
     operands = list(call.operands())
-    if operands and all(o.weight or o.data is not None for o in operands):
-        if any(o.weight for o in operands):
-            ledger.weights.update(r for r in call.results if r is not None)
+    constant = all(o.weight or o.data is not None for o in operands)
+    if constant and any(o.weight for o in operands):
+        ledger.weights.update(r for r in call.results if r is not None)
     rule = rule_for(record.op)
     if rule is None:
         if any(o.labels for o in operands):
@@ -84,9 +84,7 @@ def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) 
     arguments: dict[str, Any] = {}
     results = tuple(None if r is None else r.id for r in record.outputs)
     shapes = tuple(() if r is None else traced.values[r].shape for r in results)
-    call = Call(
-        index, base_name(record.op), record.node, arguments, results, shapes, ledger
-    )
+    call = Call(index, base_name(record.op), record.node, arguments, results, shapes, ledger)
 
     def operand(arg: Any) -> Any:
         if isinstance(arg, Ref):

@@ -71,7 +71,8 @@ def _components(ledger: Ledger) -> IntArray:
     b = np.concatenate([p for _, p in ledger.pairs])
     links = sparse.coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n))
     _, component = connected_components(links.tocsr(), directed=False)
-    return component.astype(np.int64)
+    result: IntArray = component.astype(np.int64)
+    return result
 
 
 def _uneven(ledger: Ledger, component: IntArray) -> list[tuple[IntArray, Refusal]]:

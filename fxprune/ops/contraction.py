@@ -9,11 +9,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fxprune.ops.call import UNTRACKED, Call, Operand
+from fxprune.ops.call import Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Role
 
 Rule = Callable[[Call], tuple[Labels, ...]]
+NETWORK_INPUT = (
+    "network-input",
+    "the layer reads data whose channels no layer makes",
+    "a layer with prunable outputs stands before it",
+)
 
 
 def ein(**axes: str) -> Rule:
@@ -75,7 +80,7 @@ def _unify(
     for weight, at, role in weights:
         weight.adopt(at, labels, role)
     if len(tracked) < len(others):
-        call.freeze(labels, *UNTRACKED)
+        call.freeze(labels, *NETWORK_INPUT)
     return labels
 
 
@@ -94,7 +99,9 @@ def _read_by_activations(
             labels = letters.get(letter)
             if labels is not None:
                 at = axes[name].index(letter) - len(axes[name]) + len(operand.shape)
-                call.ledger.reads.append(ChannelRead(call.index, call.node, name, at, labels, exact=True))
+                call.ledger.reads.append(
+                    ChannelRead(call.index, call.node, name, at, labels, exact=True)
+                )
                 break
 
 
@@ -132,7 +139,7 @@ def _dense(call: Call, x: Operand, channels: int, weight: Operand, *, transposed
     else:
         labels_in = weight.own(reads, Role.CONSUMER)
         if labels_in is not None:
-            call.freeze(labels_in, *UNTRACKED)
+            call.freeze(labels_in, *NETWORK_INPUT)
     return labels_in, weight.own(makes, Role.PRODUCER)
 
 
@@ -146,7 +153,7 @@ def _whole_groups(call: Call, x: Operand, channels: int, weight: Operand) -> Sid
         if own is None:
             return None, None
         if labels_in is None:
-            call.freeze(own, *UNTRACKED)
+            call.freeze(own, *NETWORK_INPUT)
     else:
         own = np.repeat(labels_in.reshape(groups, -1)[:, 0], rows // groups)
         call.ledger.equate(labels_in.reshape(groups, -1), own.reshape(groups, -1)[:, :1])
@@ -196,7 +203,7 @@ def _equal_counts(call: Call, x: Operand, channels: int, weight: Operand) -> Sid
     assert rows is not None
     sides = (rows, columns) if transposed else (columns, rows)
     if labels_in is None:
-        call.freeze(sides[0], *UNTRACKED)
+        call.freeze(sides[0], *NETWORK_INPUT)
     assert sides[0].size == n_in
     for side in sides:
         blocks = side.reshape(groups, -1)

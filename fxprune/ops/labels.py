@@ -195,7 +195,7 @@ def _without_constant_axes(factor: Factor) -> Factor:
     axes, labels = list(factor.axes), factor.labels
     for at in reversed(range(len(axes))):
         if len(axes) > 1 and bool((labels == labels.take([0], axis=at)).all()):
-            labels = labels.take(0, axis=at)
+            labels = np.take(labels, 0, axis=at)
             axes.pop(at)
     if len(axes) == len(factor.axes):
         return factor

@@ -64,21 +64,27 @@ def _identity_origin(operand: Operand, axis: int, index: IntArray) -> Origin:
 
 def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     """Labels after ``view``. A merge that no gather can express settles the factor first."""
+
+    def viewed(factor: Factor) -> Factor | None:
+        return reshape_factor(factor, operand.shape, shape, operand.value, call.index)
+
     moved = []
     for factor in operand.labels:
-        new = reshape_factor(factor, operand.shape, shape, operand.value, call.index)
-        if new is not None and len(factor.axes) > len(new.axes) and factor.origin is not None:
-            if new.origin is None or not _is_gather(new, new.origin, len(shape)):
-                new = None  # merged in an order of its own: only whole blocks survive that
-        if new is not None and len(new.axes) > 1 and new.origin is None:
-            new = call.settle(new)
-        if new is None:
-            alone = call.settle(factor)
-            new = reshape_factor(alone, operand.shape, shape, operand.value, call.index)
+        new = viewed(factor)
+        if new is None or _merges_out_of_order(factor, new, len(shape)):
+            new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
-            new = Factor(new.axes, new.labels) if len(new.axes) == 1 else call.settle(new)
+            new = Factor(new.axes, new.labels)
+        if len(new.axes) > 1 and new.origin is None:
+            new = call.settle(new)
         moved.append(new)
     return _disjoint(call, moved)
+
+
+def _merges_out_of_order(factor: Factor, new: Factor, ndim: int) -> bool:
+    if factor.origin is None or len(new.axes) >= len(factor.axes):
+        return False
+    return new.origin is None or not _is_gather(new, new.origin, ndim)
 
 
 def _disjoint(call: Call, factors: list[Factor]) -> Labels:

@@ -62,8 +62,9 @@ def _meet(call: Call, operands: list[Operand], axis: int) -> IntArray | None:
     elif parameters:
         first, at = parameters[0]
         role = Role.FIXED if all(o.weight for o in operands) else Role.AFFINE
-        labels = first.own(at, role)
-        assert labels is not None
+        own = first.own(at, role)
+        assert own is not None
+        labels = own
     else:
         return None
     for operand, at in parameters:

@@ -101,9 +101,7 @@ _RESIZE = (
 )
 RULES: dict[str, Rule] = {
     **{
-        f"aten::{name}": per_channel
-        for n in (1, 2, 3)
-        for name in _PER_CHANNEL.format(n=n).split()
+        f"aten::{name}": per_channel for n in (1, 2, 3) for name in _PER_CHANNEL.format(n=n).split()
     },
     **{f"aten::{name}": per_channel for name in _RESIZE.split()},
     **{f"aten::{name}": batch_norm for name in _BATCH_NORMS.split()},

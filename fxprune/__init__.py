@@ -1,0 +1,68 @@
+"""fxprune: exact, dependency-aware channel pruning over torch.fx.
+
+>>> import torch, fxprune as fp
+>>> model = torch.nn.Sequential(
+...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+... )
+>>> result = fp.prune(model, torch.randn(1, 3, 8, 8), flops=0.5)
+>>> result.verdict.ok
+True
+"""
+
+from fxprune.api import PruneResult, prune
+from fxprune.capture import TracedModel, trace
+from fxprune.coupling import DependencyGraph, Group, analyze
+from fxprune.errors import (
+    ArgumentError,
+    ArtifactError,
+    BudgetError,
+    CaptureError,
+    ExampleInputError,
+    FingerprintError,
+    FxpruneError,
+    NonFiniteError,
+    PlanError,
+    Refusal,
+    RewriteError,
+    VerificationError,
+)
+from fxprune.export import load, save
+from fxprune.importance import CPMC, L1, L2, Random
+from fxprune.planning import PruningPlan, plan
+from fxprune.rewrite import rewrite
+from fxprune.verify import Verdict, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CPMC",
+    "L1",
+    "L2",
+    "ArgumentError",
+    "ArtifactError",
+    "BudgetError",
+    "CaptureError",
+    "DependencyGraph",
+    "ExampleInputError",
+    "FingerprintError",
+    "FxpruneError",
+    "Group",
+    "NonFiniteError",
+    "PlanError",
+    "PruneResult",
+    "PruningPlan",
+    "Random",
+    "Refusal",
+    "RewriteError",
+    "TracedModel",
+    "Verdict",
+    "VerificationError",
+    "analyze",
+    "load",
+    "plan",
+    "prune",
+    "rewrite",
+    "save",
+    "trace",
+    "verify",
+]

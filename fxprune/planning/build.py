@@ -1,0 +1,154 @@
+"""``plan``: the entry point of planning."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxprune.coupling.graph import DependencyGraph
+from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.planning.budget import (
+    BoolArray,
+    Budget,
+    Share,
+    check_guards,
+    group_shares,
+    ignored_groups,
+    parse_share,
+)
+from fxprune.planning.plan import AxisPlan, GroupPlan, PruningPlan
+from fxprune.planning.search import alive_without, meet_budgets, within_limits
+from fxprune.planning.units import FloatArray, make_units
+
+
+def plan(
+    deps: DependencyGraph,
+    scores: torch.Tensor,
+    *,
+    flops: Share | None = None,
+    params: Share | None = None,
+    ratios: Mapping[str | int, Share] | Share | None = None,
+    ignore: Iterable[str] = (),
+    round_to: int = 1,
+    min_channels: int = 1,
+    max_ratio: float = 0.9,
+) -> PruningPlan:
+    """Choose the channels to remove: the least important first, until every budget holds.
+
+    Every share is the part to *keep*. At least one of ``flops``, ``params`` and ``ratios`` is
+    needed. Deterministic: ties go to the earlier channel.
+
+    Args:
+        deps: the dependency graph.
+        scores: one number per channel, [n_channels], larger = keep.
+        flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
+        params: share of the parameters to keep at most.
+        ratios: share of its channels to keep, per group (name or index), or one share for all
+            groups. Named groups take no part in the other budgets.
+        ignore: layers whose shape must not change: names, containers, or globs.
+        round_to: widths of groups become multiples of this; a group never below one multiple.
+        min_channels: every group keeps at least so many channels.
+        max_ratio: largest share of a group that may be removed.
+
+    Raises:
+        ArgumentError: an option has no meaning.
+        NonFiniteError: a score is NaN or infinite.
+        BudgetError: a budget lies below the lowest reachable cost, which the message says.
+    """
+    values = _checked(deps, scores)
+    check_guards(round_to, min_channels, max_ratio)
+    budgets = [
+        Budget(name, model, parse_share(share, name))
+        for name, model, share in (("flops", deps.macs, flops), ("params", deps.params, params))
+        if share is not None
+    ]
+    shares = group_shares(deps, ratios)
+    if not budgets and not shares:
+        raise ArgumentError("nothing to aim for: give flops=, params= or ratios=")
+    ignored = ignored_groups(deps, ignore)
+    removable = np.array([k not in ignored for k in deps.group_of.tolist()], dtype=bool)
+    units = make_units(deps, values, removable, round_to)
+    floor = max(min_channels, 1)
+    widths = np.array([g.width for g in deps.groups], dtype=np.int64)
+    most = np.minimum(widths - floor, np.floor(max_ratio * widths + 1e-9)).astype(np.int64)
+    limits = np.maximum(most, 0)
+    asked = limits.copy()
+    for k, share in shares.items():
+        asked[k] = min(limits[k], widths[k] - int(share * widths[k] + 1e-9))
+    fixed = np.isin(np.arange(len(widths)), list(shares))
+    alive = np.ones(deps.n_channels, dtype=bool)
+    if shares:
+        by_ratio = within_limits(deps, units, limits, np.where(fixed, asked, 0))
+        alive = alive_without(units, by_ratio, alive)
+    if budgets:
+        allowed = within_limits(deps, units, limits, np.where(fixed, 0, limits))
+        alive = meet_budgets(deps, units, allowed, alive, budgets)
+    requested = {
+        **{b.name: b.share for b in budgets},
+        **({"ratios": {deps.groups[k].name: s for k, s in shares.items()}} if shares else {}),
+        "ignore": [ignore] if isinstance(ignore, str) else sorted(ignore),
+        "round_to": round_to,
+        "min_channels": min_channels,
+        "max_ratio": max_ratio,
+    }
+    return describe(deps, alive, requested, dict.fromkeys(ignored, "ignored"))
+
+
+def _checked(deps: DependencyGraph, scores: torch.Tensor) -> FloatArray:
+    shape = tuple(scores.shape)
+    if shape != (deps.n_channels,):
+        raise ArgumentError(
+            f"scores have shape {list(shape)}; this model has {deps.n_channels} prunable channels, "
+            f"so [{deps.n_channels}] is needed"
+        )
+    values = scores.detach().cpu().double().numpy()
+    bad = np.nonzero(~np.isfinite(values))[0]
+    if len(bad):
+        group = deps.groups[deps.group_of[bad[0]]]
+        raise NonFiniteError(
+            f"{len(bad)} of {len(values)} scores are NaN or infinite, the first in group "
+            f"{group.name}"
+        )
+    return values
+
+
+def describe(
+    deps: DependencyGraph, alive: BoolArray, requested: dict[str, Any], notes: dict[int, str]
+) -> PruningPlan:
+    """The plan that keeps the channels marked in ``alive``, [n_channels]."""
+    groups = tuple(
+        GroupPlan(
+            g.name,
+            g.width,
+            tuple(np.nonzero(alive[g.channels])[0].tolist()),
+            g.layers,
+            notes.get(k, ""),
+        )
+        for k, g in enumerate(deps.groups)
+    )
+    removed = np.append(~alive, False)
+    axes = []
+    for axis in deps.axes:
+        gone = removed[np.minimum(axis.channels, deps.n_channels)]
+        if gone.any():
+            kept = tuple(np.nonzero(~gone)[0].tolist())
+            axes.append(
+                AxisPlan(axis.name, axis.axis, str(axis.role), len(gone), axis.blocks, kept)
+            )
+    touched = [k for k, g in enumerate(groups) if len(g.kept) < g.width]
+    approximate = sorted({n for k in touched for n in deps.groups[k].approximate})
+    return PruningPlan(
+        fingerprint=deps.fingerprint,
+        requested=requested,
+        reached={
+            "macs": deps.macs.total(alive),
+            "macs_before": deps.macs.total(),
+            "params": deps.params.total(alive),
+            "params_before": deps.params.total(),
+        },
+        groups=groups,
+        frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),
+        axes=tuple(axes),
+        approximate=tuple(approximate),
+    )

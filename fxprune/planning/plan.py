@@ -1,0 +1,161 @@
+"""``PruningPlan``: what is kept of every group and every parameter axis, as plain data."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxprune.errors import ArtifactError, PlanError
+from fxprune.planning.ranges import from_text, to_text
+
+FORMAT = "fxprune-plan-1"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One group before and after.
+
+    Attributes:
+        name: name of the group in the dependency graph.
+        width: channels before.
+        kept: indices into the group's channels that stay.
+        layers: layers whose parameters the group touches.
+        note: why nothing was removed, or ``""``.
+    """
+
+    name: str
+    width: int
+    kept: tuple[int, ...]
+    layers: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisPlan:
+    """One axis of one parameter or buffer that loses positions.
+
+    Attributes:
+        name: qualified name.
+        axis: which axis.
+        role: ``producer``, ``consumer``, ``depthwise``, ``affine`` or ``fixed``.
+        size: number of positions before.
+        blocks: 1, or the number of convolution groups, each with columns of its own; then
+            positions are input channels of the layer.
+        kept: positions that stay.
+    """
+
+    name: str
+    axis: int
+    role: str
+    size: int
+    blocks: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """A plan: replayable on any copy of the model that it was made for.
+
+    Attributes:
+        fingerprint: digest of the model's couplings; another model is refused.
+        requested: the budgets and guards that were asked for.
+        reached: ``macs``, ``macs_before``, ``params``, ``params_before``.
+        groups: every prunable group, in model order, also those that keep everything.
+        frozen: name, width and reason of every group that cannot be pruned.
+        axes: every parameter axis that loses positions, in model order.
+        approximate: graph nodes where a statistic over channels changes.
+    """
+
+    fingerprint: str
+    requested: dict[str, Any]
+    reached: dict[str, int]
+    groups: tuple[GroupPlan, ...]
+    frozen: tuple[tuple[str, int, str], ...]
+    axes: tuple[AxisPlan, ...]
+    approximate: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The plan as JSON; equal plans give equal text."""
+        data = asdict(self)
+        for entry in (*data["groups"], *data["axes"]):
+            entry["kept"] = to_text(entry["kept"])
+        return json.dumps({"format": FORMAT, **data}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            PlanError: the text is no plan, or a plan of another format.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format", None) != FORMAT:
+                raise PlanError(f"this is no {FORMAT} file")
+            return cls(
+                fingerprint=str(data["fingerprint"]),
+                requested=dict(data["requested"]),
+                reached={k: int(v) for k, v in data["reached"].items()},
+                groups=tuple(GroupPlan(**_read(g)) for g in data["groups"]),
+                frozen=tuple((str(n), int(w), str(r)) for n, w, r in data["frozen"]),
+                axes=tuple(AxisPlan(**_read(a)) for a in data["axes"]),
+                approximate=tuple(data["approximate"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an interrupted write leaves no half file."""
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
+        """Read a plan file.
+
+        Raises:
+            ArtifactError: the file cannot be read.
+            PlanError: it is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"plan {path} cannot be read: {error}") from error
+        return cls.from_json(text)
+
+    def report(self) -> str:
+        """Asked and reached, every group before and after, every frozen group with its reason."""
+        reached = self.reached
+        lines = [
+            f"{key}: {reached[f'{key}_before']:,} -> {reached[key]:,} "
+            f"({reached[key] / max(reached[f'{key}_before'], 1):.1%} kept)"
+            for key in ("macs", "params")
+        ]
+        lines.append("asked: " + ", ".join(f"{k}={v}" for k, v in self.requested.items()))
+        rows = [
+            (g.name, g.width, len(g.kept), f"{len(g.kept) / g.width:.0%}", g.note)
+            for g in self.groups
+        ]
+        lines += ["", tabulate(rows, headers=("group", "before", "after", "kept", "note"))]
+        if self.frozen:
+            lines += ["", tabulate(self.frozen, headers=("frozen group", "width", "why"))]
+        if self.approximate:
+            lines += ["", "approximate (a statistic over channels changes): "]
+            lines[-1] += ", ".join(self.approximate)
+        return "\n".join(lines)
+
+
+def _read(entry: dict[str, Any]) -> dict[str, Any]:
+    entry["kept"] = from_text(entry["kept"])
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}

@@ -1,0 +1,180 @@
+"""Units of removal: the smallest sets of channels that may be removed by themselves.
+
+Usually a unit is one channel. Where groups of a convolution must lose equally many channels, a unit
+holds the weakest remaining channel of every block. With ``round_to``, units of a group are joined
+so that every prefix of them leaves a multiple.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fxprune.coupling.graph import DependencyGraph
+from fxprune.ops.labels import IntArray
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Units:
+    """Removable units, weakest first; ties go to the smaller channel number.
+
+    Attributes:
+        of_channel: [n_channels], unit of every channel, -1 where none may remove it.
+        scores: [n_units], mean score of the unit's channels, ascending.
+        whole: [n_units], False for the part that brings a width to its first multiple of
+            ``round_to``: it may not be put back while other parts of its group are gone.
+    """
+
+    of_channel: IntArray
+    scores: FloatArray
+    whole: BoolArray
+
+    @property
+    def count(self) -> int:
+        """Number of units."""
+        return len(self.scores)
+
+
+Members = list[int]
+
+
+def make_units(
+    deps: DependencyGraph, scores: FloatArray, removable: BoolArray, round_to: int
+) -> Units:
+    """Bundle channels into units and sort them, weakest first."""
+    bundles = _bundles(deps, scores, removable)
+    single = removable.copy()
+    for rows in deps.equal_counts:
+        single[rows[rows >= 0]] = False
+    alone = np.nonzero(single)[0]
+    if round_to > 1:
+        units = _rounded(deps, scores, [*([c] for c in alone.tolist()), *bundles], round_to)
+        return _ranked(deps, scores, [m for m, _ in units], [whole for _, whole in units], [])
+    return _ranked(deps, scores, bundles, [True] * len(bundles), alone)
+
+
+def _ranked(
+    deps: DependencyGraph,
+    scores: FloatArray,
+    sets: list[Members],
+    whole: list[bool],
+    alone: Sequence[int] | IntArray,
+) -> Units:
+    """Sort units by mean score, then by their first channel."""
+    sizes = np.array([*(len(m) for m in sets), *np.ones(len(alone), dtype=np.int64)], dtype=int)
+    channels = np.array([*(c for m in sets for c in m), *alone], dtype=np.int64)
+    unit = np.repeat(np.arange(len(sizes)), sizes)
+    means = np.bincount(unit, scores[channels], minlength=len(sizes)) / np.maximum(sizes, 1)
+    first = np.full(len(sizes), deps.n_channels)
+    np.minimum.at(first, unit, channels)
+    order = np.lexsort((first, means))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    of_channel = np.full(deps.n_channels, -1, dtype=np.int64)
+    of_channel[channels] = rank[unit]
+    flags = np.array([*whole, *[True] * len(alone)], dtype=bool)
+    return Units(of_channel, means[order], flags[order])
+
+
+def _bundles(deps: DependencyGraph, scores: FloatArray, removable: BoolArray) -> list[Members]:
+    """The k-th weakest channels of all blocks that must lose equally many, together."""
+    bundles = []
+    for cells in _cells(deps.equal_counts):
+        ranked = [_weakest_first([c for c in cell if removable[c]], scores) for cell in cells]
+        if len({len(cell) for cell in cells}) == 1:
+            step, count = [1] * len(ranked), min(len(cell) for cell in ranked)
+        else:
+            divisor = math.gcd(*(len(cell) for cell in cells))
+            step = [len(cell) // divisor for cell in cells]
+            count = min(len(r) // s for r, s in zip(ranked, step, strict=True))
+        for k in range(count):
+            parts = (r[k * s : (k + 1) * s] for r, s in zip(ranked, step, strict=True))
+            bundles.append([c for part in parts for c in part])
+    return bundles
+
+
+def _weakest_first(channels: Members, scores: FloatArray) -> Members:
+    return sorted(channels, key=lambda c: (scores[c], c))
+
+
+def _cells(constraints: Iterable[IntArray]) -> list[list[Members]]:
+    """Split channels by the rows that they lie in, one list of cells per connected set of rows.
+
+    Removing from all cells of a set in proportion to their sizes keeps every constraint. Channels
+    that lie in all rows of a constraint alike are free of it.
+    """
+    where: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for k, rows in enumerate(constraints):
+        homes: dict[int, set[int]] = defaultdict(set)
+        for r, row in enumerate(rows):
+            for c in row.tolist():
+                if c >= 0:
+                    homes[c].add(r)
+        for c, found in homes.items():
+            if len(found) == 1:
+                where[c].append((k, found.pop()))
+    cells: dict[tuple[tuple[int, int], ...], Members] = defaultdict(list)
+    for c in sorted(where):
+        cells[tuple(where[c])].append(c)
+    return _connected(cells)
+
+
+def _connected(cells: dict[tuple[tuple[int, int], ...], Members]) -> list[list[Members]]:
+    """Cells that share a constraint, transitively, belong to one set."""
+    root: dict[int, int] = {}
+
+    def find(k: int) -> int:
+        while root.setdefault(k, k) != k:
+            k = root[k]
+        return k
+
+    for signature in cells:
+        for k, _ in signature[1:]:
+            root[find(k)] = find(signature[0][0])
+    sets: dict[int, list[Members]] = defaultdict(list)
+    for signature, members in cells.items():
+        sets[find(signature[0][0])].append(members)
+    return list(sets.values())
+
+
+def _rounded(
+    deps: DependencyGraph, scores: FloatArray, units: list[Members], round_to: int
+) -> list[tuple[Members, bool]]:
+    """Join units of one family of groups, weakest first, until every width is a multiple."""
+    families: dict[tuple[int, ...], list[Members]] = defaultdict(list)
+    for members in units:
+        families[tuple(sorted(set(deps.group_of[members].tolist())))].append(members)
+    owners = defaultdict(set)
+    for family in families:
+        for g in family:
+            owners[g].add(family)
+    joined = []
+    for family, members_list in families.items():
+        if any(len(owners[g]) > 1 for g in family):
+            continue  # no order of removal keeps all of these widths multiples
+        members_list.sort(key=lambda m: (scores[m].mean(), min(m)))
+        joined.extend(_chunks(deps, family, members_list, round_to))
+    return joined
+
+
+def _chunks(
+    deps: DependencyGraph, family: tuple[int, ...], units: list[Members], round_to: int
+) -> list[tuple[Members, bool]]:
+    kept = {g: deps.groups[g].width for g in family}
+    uneven = any(width % round_to for width in kept.values())
+    chunks: list[tuple[Members, bool]] = []
+    chunk: Members = []
+    for members in units:
+        chunk.extend(members)
+        for g in deps.group_of[members].tolist():
+            kept[g] -= 1
+        if all(width % round_to == 0 for width in kept.values()):
+            chunks.append((chunk, not (uneven and not chunks)))
+            chunk = []
+    return chunks

@@ -1,0 +1,64 @@
+"""Slim copies of leaf modules, and the module tree that holds them."""
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from fxprune.ops.sized_calls import MODULE_SIZES
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def slim_tree(
+    graph_module: fx.GraphModule, tensors: dict[int, torch.Tensor], groups: dict[str, int]
+) -> nn.Module:
+    """A copy of the module tree with slim tensors in place of the originals.
+
+    Args:
+        graph_module: the original graph's modules.
+        tensors: slim copies by ``id`` of the original tensor.
+        groups: new number of groups per convolution module whose number changes.
+    """
+    memo: dict[int, object] = dict(tensors)
+    root = _copy_container(graph_module, memo)
+    for name, module in root.named_modules():
+        if name in groups:
+            module.groups = groups[name]
+        _set_sizes(module)
+    return root
+
+
+def _copy_container(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """Copy a container by hand and its leaves by deepcopy; the memo keeps what is shared shared."""
+    found = memo.get(id(module))
+    if isinstance(found, nn.Module):
+        return found
+    copied = nn.Module()
+    memo[id(module)] = copied
+    copied.training = module.training
+    for name, parameter in module._parameters.items():
+        copied._parameters[name] = copy.deepcopy(parameter, memo)
+    for name, buffer in module._buffers.items():
+        persistent = name not in module._non_persistent_buffers_set
+        copied.register_buffer(name, copy.deepcopy(buffer, memo), persistent=persistent)
+    for name, child in module._modules.items():
+        is_container = type(child) in (nn.Module, fx.GraphModule)
+        if child is not None and is_container:
+            copied._modules[name] = _copy_container(child, memo)
+        else:
+            copied._modules[name] = copy.deepcopy(child, memo)
+    return copied
+
+
+def _set_sizes(module: nn.Module) -> None:
+    """Make size attributes say what the parameters are."""
+    for attribute, name, axis in MODULE_SIZES.get(type(module), ()):
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            setattr(module, attribute, tensor.shape[axis])
+    if isinstance(module, _CONVOLUTIONS):
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, _TRANSPOSED):
+        module.out_channels = module.weight.shape[1] * module.groups

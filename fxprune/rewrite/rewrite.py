@@ -1,0 +1,223 @@
+"""``rewrite``: build the slim graph module that a plan describes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxprune.capture.symbolic import build_graph_module
+from fxprune.capture.traced import Ref, TracedModel
+from fxprune.coupling import DependencyGraph, analyze
+from fxprune.ops.ledger import Gather
+from fxprune.ops.sized_calls import SIZED, Kind, target_of
+from fxprune.planning.check import kept_channels
+from fxprune.planning.plan import PruningPlan
+from fxprune.rewrite.constants import EDITORS, Site, slim_padding
+from fxprune.rewrite.modules import slim_tree
+from fxprune.rewrite.shapes import SlimShapes
+from fxprune.rewrite.weights import slim_tensors
+
+
+def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
+    """A physically smaller model that equals the original with the removed channels switched off.
+
+    The result is a trainable ``GraphModule`` with weights of its own, the state_dict names of the
+    original, and its ``requires_grad`` flags, dtypes, devices, ties and train/eval modes.
+
+    Args:
+        traced: the captured original, which is not modified.
+        plan: what to keep.
+
+    Raises:
+        FingerprintError: the plan was made for another model.
+        PlanError: the plan contradicts itself.
+        RewriteError: the plan keeps something that no tensor can hold.
+    """
+    deps = analyze(traced)
+    alive = np.append(kept_channels(deps, plan), True)
+    shapes = SlimShapes(deps, alive)
+    original = traced.graph_module
+    named = [
+        *original.named_parameters(remove_duplicate=False),
+        *original.named_buffers(remove_duplicate=False),
+    ]
+    first_names = {id(t): name for name, t in traced.named_tensors()}
+    tensors = slim_tensors(((first_names[id(t)], t) for _, t in named), plan.axes)
+    root = slim_tree(original, tensors, _module_groups(deps, shapes))
+    graph = _GraphRewriter(deps, shapes, root).run()
+    persistent = set(original.state_dict())
+    slim = build_graph_module(root, graph, type(original).__name__, persistent)
+    modes = {name: m.training for name, m in original.named_modules()}
+    for name, module in slim.named_modules():
+        module.training = modes.get(name, original.training)
+    slim.graph.lint()
+    return slim
+
+
+def _group_counts(deps: DependencyGraph, shapes: SlimShapes) -> Iterator[tuple[str, int]]:
+    """(node, kept groups) of every convolution whose groups are removed as a whole."""
+    for record, labels in deps.ledger.group_counts.items():
+        yield deps.traced.records[record].node, int(shapes.kept(labels).sum())
+
+
+def _module_groups(deps: DependencyGraph, shapes: SlimShapes) -> dict[str, int]:
+    nodes = {n.name: n for n in deps.traced.graph_module.graph.nodes}
+    return {
+        str(nodes[name].target): count
+        for name, count in _group_counts(deps, shapes)
+        if nodes[name].op == "call_module"
+    }
+
+
+class _GraphRewriter:
+    """Copies the graph node by node and edits what no longer fits."""
+
+    def __init__(self, deps: DependencyGraph, shapes: SlimShapes, root: nn.Module) -> None:
+        self.deps = deps
+        self.traced = deps.traced
+        self.shapes = shapes
+        self.root = root
+        self.graph = fx.Graph()
+        self.nodes: dict[fx.Node, fx.Node] = {}
+        self.slim_results: dict[str, Any] = {}
+        self.holder: dict[int, fx.Node] = {}  # first node of the slim graph that holds a value
+        self.call_groups = dict(_group_counts(deps, shapes))
+
+    def run(self) -> fx.Graph:
+        old_graph = self.traced.graph_module.graph
+        for old in old_graph.nodes:
+            new = self.graph.node_copy(old, self.nodes.__getitem__)
+            result = self.traced.results[old.name]
+            if old.op in ("call_function", "call_method", "call_module"):
+                new = self._edit(old, new, result)
+            self.nodes[old] = new
+            if isinstance(result, Ref):
+                self.holder.setdefault(result.id, new)
+            self.slim_results[old.name] = self._slim_result(old, result)
+        self._erase_what_became_dead(old_graph)
+        return self.graph
+
+    def _edit(self, old: fx.Node, new: fx.Node, result: Any) -> fx.Node:
+        if isinstance(result, Ref):
+            gather = self.deps.ledger.gathers.get(result.id)
+            if gather is not None and self.shapes.changed(gather.source):
+                return self._replace_by_gather(new, gather, result.id)
+        kind = SIZED.get(target_of(self.traced.graph_module, old))
+        values = self._in_original((old.args, old.kwargs))
+        if kind is not None and self._touches_pruned(values, result):
+            self._edit_sizes(old, new, kind, result)
+        elif _refs(result):
+            self._restore_data_arguments(old, new)
+        if old.op == "call_function" and old.name in self.call_groups:
+            _set_call_groups(new, self.call_groups[old.name])
+        return new
+
+    def _touches_pruned(self, values: Any, result: Any) -> bool:
+        return any(self.shapes.changed(r.id) for r in (*_refs(values), *_refs(result)))
+
+    def _in_original(self, tree: Any) -> Any:
+        """Arguments as they were in the original run."""
+        return fx.map_arg(tree, lambda n: self.traced.results[n.name])
+
+    def _in_slim(self, tree: Any) -> Any:
+        """Arguments as they evaluate in the slim model."""
+        return fx.map_arg(tree, lambda n: self.slim_results[n.name])
+
+    def _edit_sizes(self, old: fx.Node, new: fx.Node, kind: Kind, result: Any) -> None:
+        for ref in _refs(result):
+            if not self._dies(ref):
+                self.shapes.check_rectangular(ref.id, new.name)
+        values = self._in_original(old.args)
+        if new.op == "call_module":
+            self._edit_module(new, kind, values, result)
+        elif kind is not Kind.INDEX or isinstance(values[0], Ref):
+            kwargs = self._in_original(old.kwargs), self._in_slim(old.kwargs)
+            site = Site(new, values, self._in_slim(old.args), *kwargs, result, self.shapes)
+            EDITORS[kind](site)
+
+    def _dies(self, ref: Ref) -> bool:
+        """A joint part of a chain that ends in a gather is not computed any more."""
+        factors = self.deps.ledger.values.get(ref.id, ())
+        return any(len(f.axes) > 1 and f.origin is not None for f in factors)
+
+    def _edit_module(self, new: fx.Node, kind: Kind, values: Any, result: Ref) -> None:
+        module: Any = self.root.get_submodule(str(new.target))
+        if kind is Kind.PAD:
+            source = values[0].id
+            module.padding = tuple(slim_padding(self.shapes, source, result.id, module.padding))
+        elif isinstance(module, nn.Unflatten):
+            dim = module.dim % len(self.traced.values[values[0].id].shape)
+            needed = self.shapes.shape(result.id)[dim : dim + len(module.unflattened_size)]
+            sizes = zip(module.unflattened_size, needed, strict=True)
+            module.unflattened_size = tuple(s if s == -1 else n for s, n in sizes)
+
+    def _replace_by_gather(self, new: fx.Node, gather: Gather, result: int) -> fx.Node:
+        """Compute a value by ``index_select`` from where its positions came from."""
+        source = self.shapes.axis(gather.source, gather.axis)
+        rank = np.cumsum(source) - 1
+        kept = self.shapes.axis(result, gather.axis)
+        index = torch.from_numpy(rank[gather.index][kept])
+        name = f"_index_{new.name}"
+        self.root.register_buffer(name, index.to(self._device()), persistent=False)
+        with self.graph.inserting_before(new):
+            attribute = self.graph.get_attr(name)
+        new.op, new.target = "call_function", torch.index_select
+        new.args, new.kwargs = (self.holder[gather.source], gather.axis, attribute), {}
+        return new
+
+    def _device(self) -> torch.device:
+        return next((t.device for _, t in self.traced.named_tensors()), torch.device("cpu"))
+
+    def _restore_data_arguments(self, old: fx.Node, new: fx.Node) -> None:
+        """A number read off a narrower axis that is data, not a size, keeps its old value."""
+
+        def literal(node: fx.Node) -> Any:
+            before, after = self.traced.results[node.name], self.slim_results[node.name]
+            is_number = isinstance(before, (int, float, bool)) and before != after
+            return before if is_number else self.nodes[node]
+
+        new.args = fx.map_arg(old.args, literal)
+        new.kwargs = fx.map_arg(old.kwargs, literal)
+
+    def _slim_result(self, old: fx.Node, result: Any) -> Any:
+        """What a node gives in the slim model: shapes for tensors, evaluated numbers."""
+        if not _refs(result) and old.op in ("call_function", "call_method") and _numeric(result):
+            args, kwargs = self._in_slim(old.args), self._in_slim(old.kwargs)
+            if old.op == "call_method":
+                return getattr(args[0], str(old.target))(*args[1:], **kwargs)
+            return old.target(*args, **kwargs)  # type: ignore[operator]
+
+        def shaped(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return torch.empty(self.shapes.shape(leaf.id), device="meta")
+            return leaf
+
+        return torch.utils._pytree.tree_map(shaped, result)
+
+    def _erase_what_became_dead(self, old_graph: fx.Graph) -> None:
+        """Erase nodes that lost their last user to an edit, none that is there for its effect."""
+        for old in reversed(list(old_graph.nodes)):
+            new = self.nodes[old]
+            if old.users and not new.users and new.op not in ("output", "placeholder"):
+                self.graph.erase_node(new)
+
+
+def _refs(tree: Any) -> list[Ref]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Ref)]
+
+
+def _numeric(result: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return bool(leaves) and all(isinstance(x, (int, float, bool)) for x in leaves)
+
+
+_GROUPS_AT = 6  # position of ``groups`` in both F.conv*d and F.conv_transpose*d
+
+
+def _set_call_groups(node: fx.Node, groups: int) -> None:
+    if len(node.args) > _GROUPS_AT:
+        node.args = (*node.args[:_GROUPS_AT], groups, *node.args[_GROUPS_AT + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, "groups": groups}
