@@ -1,0 +1,95 @@
+"""What each command does: options in, whether all is equal and the text to print out."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fxprune as fp
+from fxprune.cli.data import inspection, outcome, verdict_data
+from fxprune.cli.models import build, example_inputs, recorded_inputs
+from fxprune.errors import ArgumentError
+from fxprune.export.save import PLAN_FILE, check_target
+
+
+def _inspect(options: argparse.Namespace) -> tuple[bool, str]:
+    deps = fp.analyze(_traced(options.model, options))
+    return True, _json(inspection(deps)) if options.json else deps.report()
+
+
+def _prune(options: argparse.Namespace) -> tuple[bool, str]:
+    if options.flops is None and options.params is None:
+        raise ArgumentError("no budget; say what to keep, e.g. --flops 50% or --params 0.3")
+    if options.out is not None:
+        check_target(options.out, overwrite=options.force)
+    model, inputs = _model(options.model, options)
+    _say(f"pruning {options.model}")
+    start = time.perf_counter()
+    result = fp.prune(model, inputs, **_prune_arguments(options))
+    _say(f"pruned in {time.perf_counter() - start:.2f} s")
+    if options.out is not None:
+        fp.save(result, options.out, overwrite=options.force)
+        _say(f"saved to {options.out}")
+    return True, _json(outcome(result)) if options.json else result.report()
+
+
+def _verify(options: argparse.Namespace) -> tuple[bool, str]:
+    slim = fp.load(options.slim, trust=options.trust)
+    plan = fp.PruningPlan.load(Path(options.slim) / PLAN_FILE)
+    traced = _traced(options.against, options, recorded_in=options.slim)
+    _say(f"verifying {options.slim}")
+    verdict = fp.verify(traced, slim, plan)
+    return verdict.ok, _json(verdict_data(verdict)) if options.json else str(verdict)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
+    "inspect": _inspect,
+    "prune": _prune,
+    "verify": _verify,
+}
+
+
+def _model(
+    name: str, options: argparse.Namespace, recorded_in: str | None = None
+) -> tuple[Any, tuple[Any, ...]]:
+    """The model called ``name`` and example inputs for it."""
+    _say(f"building {name}")
+    model = build(name, seed=options.seed, weights=options.weights, trust=options.trust)
+    recorded = recorded_inputs(name if recorded_in is None else recorded_in)
+    inputs = example_inputs(name, model, options.input, recorded, seed=options.seed)
+    return model, inputs
+
+
+def _traced(
+    name: str, options: argparse.Namespace, recorded_in: str | None = None
+) -> fp.TracedModel:
+    model, inputs = _model(name, options, recorded_in)
+    _say(f"tracing {name}")
+    return fp.trace(model, inputs)
+
+
+def _prune_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that were given, by the names that ``prune`` has for them; its defaults else."""
+    names = ("flops", "params", "ignore", "round_to", "min_channels", "max_ratio")
+    chosen = {name: getattr(options, name) for name in names}
+    criteria: dict[str, Callable[[], Any]] = {
+        "cpmc": fp.CPMC,
+        "l1": fp.L1,
+        "l2": fp.L2,
+        "random": lambda: fp.Random(seed=options.seed),
+    }
+    return {name: value for name, value in chosen.items() if value is not None} | {
+        "importance": criteria[options.importance](),
+        "verify": not options.no_verify,
+    }
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,142 @@
+"""The options of the command line and their help; imports nothing that takes time."""
+
+import argparse
+
+MODELS = """\
+MODEL is one of
+  torchvision/NAME          a torchvision model with random weights
+  package.module:factory    what factory() returns; the current directory can be imported from
+  path/to/file.py:factory   the same for a file
+  path/to/folder            a model that fxprune saved
+"""
+_EXAMPLES = """\
+examples
+  fxprune inspect torchvision/resnet18
+  fxprune prune torchvision/resnet18 --flops 50% --out slim
+  fxprune verify slim --against torchvision/resnet18
+"""
+_EXIT_STATUS = """\
+exit status
+  0  done, and equal where it was checked
+  1  the slim model does not equal the masked original
+  2  wrong usage, or a model, file or budget that is refused; the message says why
+  3  an error inside fxprune
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of ``fxprune``; the result has the name of the command in ``command``."""
+    root = argparse.ArgumentParser(
+        prog="fxprune",
+        description="Make models smaller by removing channels, exactly.",
+        epilog=f"{MODELS}\n{_EXAMPLES}\n{_EXIT_STATUS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = _command(commands, "inspect", "show what is coupled, what it costs, what is frozen")
+    inspect.add_argument("model", metavar="MODEL")
+    _add_model_options(inspect)
+
+    prune = _command(commands, "prune", "remove channels until a budget holds")
+    prune.add_argument("model", metavar="MODEL")
+    _add_budget_options(prune)
+    _add_output_options(prune)
+    _add_model_options(prune)
+
+    verify = _command(commands, "verify", "compare a saved slim model with the masked original")
+    verify.add_argument("slim", metavar="SLIM_DIR", help="folder that prune --out wrote")
+    verify.add_argument(
+        "--against",
+        metavar="MODEL",
+        required=True,
+        help="the original, with the --weights or --seed that it was pruned with",
+    )
+    _add_model_options(verify)
+    return root
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=MODELS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_budget_options(prune: argparse.ArgumentParser) -> None:
+    budget = prune.add_argument_group("what to keep")
+    share = "share of the {} to keep at most: 0.5 or 50%%"
+    budget.add_argument("--flops", metavar="SHARE", help=share.format("MACs"))
+    budget.add_argument("--params", metavar="SHARE", help=share.format("parameters"))
+    budget.add_argument(
+        "--importance",
+        choices=("cpmc", "l1", "l2", "random"),
+        default="cpmc",
+        help="how channels are ranked (default: cpmc)",
+    )
+    budget.add_argument(
+        "--round-to", type=int, metavar="N", help="make widths multiples of N (default: 1)"
+    )
+    budget.add_argument(
+        "--min-channels", type=int, metavar="N", help="leave every group N channels (default: 1)"
+    )
+    budget.add_argument(
+        "--max-ratio", type=float, metavar="R", help="remove at most this share of any group"
+    )
+    budget.add_argument(
+        "--ignore",
+        action="append",
+        metavar="NAME",
+        help="leave a layer, a container or a group as it is; repeatable, * is a wildcard",
+    )
+
+
+def _add_output_options(prune: argparse.ArgumentParser) -> None:
+    output = prune.add_argument_group("result")
+    output.add_argument("--out", metavar="DIR", help="save the slim model to this folder")
+    output.add_argument("--force", action="store_true", help="replace a model saved in DIR")
+    output.add_argument(
+        "--no-verify", action="store_true", help="do not compare with the masked original"
+    )
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    model = command.add_argument_group("model")
+    model.add_argument(
+        "--weights", metavar="FILE", help="load a state_dict: .safetensors, .pt or .pth"
+    )
+    model.add_argument(
+        "--input",
+        action="append",
+        type=_shape,
+        metavar="SHAPE",
+        help="shape of an example input, e.g. 1,3,224,224; repeat it for several inputs "
+        "(default: that, for torchvision models; what was recorded, for saved ones)",
+    )
+    model.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of random weights and inputs (default: 0)"
+    )
+    model.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a saved model use the code of an installed package; repeatable",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = (0,)
+    if min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224")
+    return shape
