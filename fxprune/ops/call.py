@@ -82,19 +82,25 @@ class Operand:
             self.call.ledger.mark(own, role)
         return own
 
-    def pin(self, keep: set[int]) -> None:
-        """Freeze every tracked axis outside ``keep``. Parameters' own kernel axes stay silent."""
-        for axis, size in enumerate(self.shape):
-            if axis in keep or size == 1:
-                continue
-            if self.parameter:
-                known = self.call.ledger.parameters.get((self.parameter, axis))
-                if known is not None:
-                    self.call.freeze(known.labels, *FIXED_AXIS)
-                continue
+    def confined(self, keep: set[int]) -> dict[int, IntArray]:
+        """Labels per axis of ``keep``; every tracked axis outside is frozen or settled.
+
+        A joint factor that reaches into ``keep`` lives on there, whole slices at a time.
+        """
+        ledger = self.call.ledger
+        if self.parameter:
+            own = {a: ledger.parameters.get((self.parameter, a)) for a in range(len(self.shape))}
+            known = {a: axis.labels for a, axis in own.items() if axis is not None}
+        else:
+            known = {}
             for factor in self.labels:
-                if axis in factor.axes:
-                    self.call.freeze(factor.labels, *FIXED_AXIS)
+                inside = [a for a in factor.axes if a in keep]
+                single = self.call.settle(factor, *inside[:1]) if len(factor.axes) > 1 else factor
+                known[single.axes[0]] = single.labels
+        for axis, labels in known.items():
+            if axis not in keep:
+                self.call.freeze(labels, *FIXED_AXIS)
+        return {a: labels for a, labels in known.items() if a in keep}
 
 
 UNTRACKED = (

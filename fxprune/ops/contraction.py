@@ -109,17 +109,17 @@ def convolution(call: Call) -> tuple[Labels, ...]:
     """``aten.convolution``: grouped, depthwise, transposed, any number of spatial axes."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     x_channels = len(x.shape) - len(weight.shape) + 1
-    x.pin({x_channels})
-    weight.pin({0, 1})
+    weight.confined({0, 1})
+    labels_in = x.confined({x_channels}).get(x_channels)
     groups, transposed = call["groups"], call["transposed"]
     if groups == 1:
-        labels_in, labels_out = _dense(call, x, x_channels, weight, transposed=transposed)
+        labels_in, labels_out = _dense(call, labels_in, weight, transposed=transposed)
     else:
         rows = weight.shape[0] // groups
         per_group_out = weight.shape[1] if transposed else rows
         per_group_in = rows if transposed else weight.shape[1]
         branch = _whole_groups if min(per_group_in, per_group_out) == 1 else _equal_counts
-        labels_in, labels_out = branch(call, x, x_channels, weight)
+        labels_in, labels_out = branch(call, labels_in, weight)
     _add_cost(call, x, weight, labels_in, labels_out)
     if labels_out is None:
         return ((),)
@@ -131,9 +131,10 @@ def convolution(call: Call) -> tuple[Labels, ...]:
 Sides = tuple[IntArray | None, IntArray | None]
 
 
-def _dense(call: Call, x: Operand, channels: int, weight: Operand, *, transposed: bool) -> Sides:
+def _dense(
+    call: Call, labels_in: IntArray | None, weight: Operand, *, transposed: bool
+) -> Sides:
     reads, makes = (0, 1) if transposed else (1, 0)
-    labels_in = x.axes().get(channels)
     if labels_in is not None:
         weight.adopt(reads, labels_in, Role.CONSUMER)
     else:
@@ -143,10 +144,9 @@ def _dense(call: Call, x: Operand, channels: int, weight: Operand, *, transposed
     return labels_in, weight.own(makes, Role.PRODUCER)
 
 
-def _whole_groups(call: Call, x: Operand, channels: int, weight: Operand) -> Sides:
+def _whole_groups(call: Call, labels_in: IntArray | None, weight: Operand) -> Sides:
     """Depthwise, with any multiplier: a group goes with its input and all of its outputs."""
     groups, rows = call["groups"], weight.shape[0]
-    labels_in = x.axes().get(channels)
     depthwise = rows == groups and weight.shape[1] == 1
     if labels_in is None or depthwise:
         own = weight.own(0, Role.DEPTHWISE) if labels_in is None else labels_in
@@ -175,15 +175,13 @@ _WHOLE_GROUP = (
 )
 
 
-def _equal_counts(call: Call, x: Operand, channels: int, weight: Operand) -> Sides:
+def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Sides:
     """A grouped convolution keeps its groups; each loses as many channels as the others."""
     groups, transposed = call["groups"], call["transposed"]
     per_group = weight.shape[1]
     role0, role1 = Role.PRODUCER, Role.CONSUMER
     if transposed:
         role0, role1 = role1, role0
-    labels_in = x.axes().get(channels)
-    n_in = x.shape[channels]
     whole = transposed or labels_in is None
     if transposed and labels_in is not None:
         weight.adopt(0, labels_in, role0)
@@ -204,7 +202,6 @@ def _equal_counts(call: Call, x: Operand, channels: int, weight: Operand) -> Sid
     sides = (rows, columns) if transposed else (columns, rows)
     if labels_in is None:
         call.freeze(sides[0], *NETWORK_INPUT)
-    assert sides[0].size == n_in
     for side in sides:
         blocks = side.reshape(groups, -1)
         call.ledger.blocks.append(Blocks(blocks, call.node, "aten.convolution"))

@@ -40,11 +40,15 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """Labels over some axes: ``labels.shape[k]`` is the size of axis ``axes[k]``; axes ascend."""
+    """Labels over some axes: ``labels.shape[k]`` is the size of axis ``axes[k]``; axes ascend.
+
+    ``copies`` marks an axis whose positions all hold the same, such as an expanded one.
+    """
 
     axes: tuple[int, ...]
     labels: IntArray
     origin: Origin | None = None
+    copies: bool = False
 
 
 Labels = tuple[Factor, ...]
@@ -93,7 +97,7 @@ def permute(labels: Labels, dims: Sequence[int]) -> Labels:
                 axes=tuple(origin.axes[d] for d in dims),
             )
         axes = tuple(where[factor.axes[k]] for k in order)
-        moved.append(Factor(axes, factor.labels.transpose(order), origin))
+        moved.append(Factor(axes, factor.labels.transpose(order), origin, factor.copies))
     return tuple(moved)
 
 
@@ -143,7 +147,8 @@ def reshape_factor(
     renamed = {ins[0]: outs[0] for ins, outs in runs if len(ins) == len(outs) == 1}
     if trivial:
         axes = tuple(renamed[a] for a in factor.axes)
-        return Factor(axes, factor.labels, _renamed_origin(factor, renamed, len(after), axes))
+        origin = _renamed_origin(factor, renamed, len(after), axes)
+        return Factor(axes, factor.labels, origin, factor.copies)
     if len(touched) > 1:
         return None
     ins, outs = runs[touched[0]]

@@ -6,7 +6,7 @@ movement would not (a channel shuffle, a strided slice), the result is noted as 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from fxprune.ops.labels import (
     Labels,
     Origin,
     drop_axis,
+    matching_runs,
     permute,
     reshape_factor,
     take,
@@ -69,7 +70,7 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
         return reshape_factor(factor, operand.shape, shape, operand.value, call.index)
 
     moved = []
-    for factor in operand.labels:
+    for factor in _without_merged_copies(call, operand, shape):
         new = viewed(factor)
         if new is None or _merges_out_of_order(factor, new, len(shape)):
             new = viewed(call.settle(factor))  # only whole blocks survive that
@@ -79,6 +80,20 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
             new = call.settle(new)
         moved.append(new)
     return _disjoint(call, moved)
+
+
+def _without_merged_copies(
+    call: Call, operand: Operand, shape: Sequence[int]
+) -> Iterator[Factor]:
+    """Copies (of an expanded axis) that merge with channels stay all: the channels matter."""
+    runs = [set(ins) for ins, outs in matching_runs(operand.shape, shape) if len(ins) > 1]
+    labels = operand.labels
+    for factor in labels:
+        others = {a for f in labels if f is not factor for a in f.axes}
+        if factor.copies and any(set(factor.axes) & run and others & run for run in runs):
+            call.freeze(factor.labels, *FIXED_AXIS)
+        else:
+            yield factor
 
 
 def _merges_out_of_order(factor: Factor, new: Factor, ndim: int) -> bool:
@@ -139,7 +154,7 @@ def expand(call: Call) -> tuple[Labels, ...]:
         copies = size > 1 and (axis < shift or x.shape[axis - shift] == 1)
         labels = call.ledger.fresh(size) if copies else known.get(axis)
         if labels is not None:
-            factors.append(Factor((axis,), labels))
+            factors.append(Factor((axis,), labels, copies=copies))
     sized(call, tuple(factors))
     return (tuple(factors),)
 
@@ -355,16 +370,15 @@ def pixel_shuffle(call: Call) -> tuple[Labels, ...]:
     """``[C*r*r, H, W] -> [C, H*r, W*r]``: the r*r channels of one output go together."""
     x = call["self"]
     channels = len(x.shape) - 3
-    x.pin({*range(channels), channels})
     factors = []
-    for axis, labels in x.axes().items():
+    for axis, labels in x.confined(set(range(channels + 1))).items():
         if axis == channels:
             blocks = labels.reshape(-1, call["upscale_factor"] ** 2)
             call.ledger.equate(blocks, blocks[:, :1])
             labels = np.ascontiguousarray(blocks[:, 0])
-        if axis <= channels and labels.size > 1:
+        if labels.size > 1:
             factors.append(Factor((axis,), labels))
-        elif labels.size == 1:
+        else:
             call.freeze(labels, *FIXED_AXIS)
     return (tuple(factors),)
 
@@ -373,13 +387,11 @@ def pixel_unshuffle(call: Call) -> tuple[Labels, ...]:
     """``[C, H*r, W*r] -> [C*r*r, H, W]``: each channel becomes r*r in a row."""
     x = call["self"]
     channels = len(x.shape) - 3
-    x.pin({*range(channels), channels})
     times = call["downscale_factor"] ** 2
     return (
         tuple(
             Factor((a,), np.repeat(labels, times) if a == channels else labels)
-            for a, labels in x.axes().items()
-            if a <= channels
+            for a, labels in x.confined(set(range(channels + 1))).items()
         ),
     )
 
@@ -468,7 +480,7 @@ def glu(call: Call) -> tuple[Labels, ...]:
 def embedding(call: Call) -> tuple[Labels, ...]:
     """Rows of a table by number: the width is a channel axis, the vocabulary is not."""
     weight = call["weight"]
-    weight.pin({1})
+    weight.confined({1})
     labels = weight.own(1, Role.PRODUCER)
     if labels is None:
         return ((),)
@@ -480,7 +492,7 @@ def factory(call: Call) -> tuple[Labels, ...]:
     if math.prod(call.shapes[0]) == 0:
         return ((),)
     factors = tuple(
-        Factor((axis,), call.ledger.fresh(size))
+        Factor((axis,), call.ledger.fresh(size), copies=True)
         for axis, size in enumerate(call.shapes[0])
         if size > 1
     )

@@ -66,7 +66,6 @@ def mixing(axes: Callable[[Call], set[int]]) -> Rule:
             factors.append(Factor((axis,), labels))
         for other in call.operands():
             if other is not x:
-                other.pin(set())
                 for factor in other.labels:
                     call.freeze(factor.labels, *MIXES)
         return (tuple(factors),) + tuple(

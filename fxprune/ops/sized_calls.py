@@ -26,6 +26,7 @@ class Kind(StrEnum):
     INDEX = "index"  # x[...]
     NARROW = "narrow"  # (x, dim, start, length)
     SELECT = "select"  # (x, dim, index)
+    LIKE = "like"  # (x, y): the sizes of y
     PAD = "pad"  # (x, [before, after, ...] from the last axis)
 
 
@@ -34,6 +35,9 @@ SIZED: dict[Any, Kind] = {
     "reshape": Kind.SHAPE,
     torch.reshape: Kind.SHAPE,
     "expand": Kind.SHAPE,
+    "view_as": Kind.LIKE,
+    "reshape_as": Kind.LIKE,
+    "expand_as": Kind.LIKE,
     "new_zeros": Kind.SHAPE,
     "new_ones": Kind.SHAPE,
     "new_empty": Kind.SHAPE,
@@ -71,9 +75,6 @@ ADAPTIVE: frozenset[Any] = frozenset(
         "flatten",
         torch.flatten,
         nn.Flatten,
-        "view_as",
-        "reshape_as",
-        "expand_as",
         "squeeze",
         torch.squeeze,
         "unsqueeze",

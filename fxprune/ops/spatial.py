@@ -19,16 +19,14 @@ def per_channel(call: Call) -> tuple[Labels, ...]:
     x = next(call.operands())
     spatial = int(match.group(1))
     leading = set(range(len(x.shape) - spatial))
-    x.pin(leading)
-    labels = tuple(Factor((a,), found) for a, found in x.axes().items() if a in leading)
+    labels = tuple(Factor((a,), found) for a, found in x.confined(leading).items())
     return (labels,) * len(call.results)
 
 
 def batch_norm(call: Call) -> tuple[Labels, ...]:
     """Axis 1 is the channel axis of the input and of all four statistics."""
     x = next(call.operands())
-    x.pin({1})
-    labels = x.axes().get(1)
+    labels = x.confined({1}).get(1)
     statistics = [
         operand
         for name in ("weight", "bias", "running_mean", "running_var")
@@ -50,8 +48,7 @@ def im2col(call: Call) -> tuple[Labels, ...]:
     """``unfold``: ``[N, C, H, W] -> [N, C*kh*kw, sites]``; every channel becomes a block."""
     x = call["self"]
     channels = len(x.shape) - 3
-    x.pin({channels})
-    labels = x.axes().get(channels)
+    labels = x.confined({channels}).get(channels)
     if labels is None:
         return ((),)
     return ((Factor((channels,), np.repeat(labels, _area(call["kernel_size"]))),),)
@@ -61,8 +58,7 @@ def col2im(call: Call) -> tuple[Labels, ...]:
     """``fold``: the kernel positions of one channel go together."""
     x = call["self"]
     channels = len(x.shape) - 2
-    x.pin({channels})
-    labels = x.axes().get(channels)
+    labels = x.confined({channels}).get(channels)
     if labels is None:
         return ((),)
     blocks = labels.reshape(-1, _area(call["kernel_size"]))
@@ -80,9 +76,8 @@ def _area(kernel: list[int]) -> int:
 def grid_sample(call: Call) -> tuple[Labels, ...]:
     """Samples every channel at the same places."""
     x, grid = call["input"], call["grid"]
-    x.pin({1})
-    grid.pin(set())
-    labels = x.axes().get(1)
+    grid.confined(set())
+    labels = x.confined({1}).get(1)
     return (() if labels is None else (Factor((1,), labels),),)
 
 

@@ -201,6 +201,21 @@ def _edit_select(site: Site) -> None:
     site.set(2, "index", int(np.append(0, np.cumsum(kept))[index % len(kept)]))
 
 
+def _edit_like(site: Site) -> None:
+    """Sizes of another tensor, as far as they are right; where they are not, numbers."""
+    needed, other = site.shapes.shape(site.result.id), site.value(1, "other").shape
+    if tuple(other) == needed:
+        return
+    template = site.written(1, "other")
+    with site.node.graph.inserting_before(site.node):
+        sizes = [
+            site.node.graph.call_method("size", (template, k)) if has == n else n
+            for k, (has, n) in enumerate(zip(other, needed, strict=True))
+        ]
+    method = str(site.node.target).removesuffix("_as")
+    site.node.target, site.node.args, site.node.kwargs = method, (site.node.args[0], *sizes), {}
+
+
 def slim_padding(shapes: SlimShapes, source: int, result: int, pad: Sequence[int]) -> list[int]:
     """Padding of the slim model; a negative amount counts the kept positions it crops."""
     ndim = len(shapes.deps.traced.values[source].shape)
@@ -235,5 +250,6 @@ EDITORS: dict[Kind, Callable[[Site], None]] = {
     Kind.INDEX: _edit_index,
     Kind.NARROW: _edit_narrow,
     Kind.SELECT: _edit_select,
+    Kind.LIKE: _edit_like,
     Kind.PAD: _edit_pad,
 }
