@@ -55,8 +55,33 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
             _compare_outputs(model, graph_module, inputs)
     _copy_modes(model, graph_module)
     return TracedModel(
-        graph_module, inputs.placeholders, graph.records, graph.values, graph.results, "symbolic"
+        graph_module=graph_module,
+        args=inputs.placeholders,
+        records=graph.records,
+        values=graph.values,
+        results=graph.results,
+        frontend="symbolic",
+        unused=_unused(model, graph_module),
     )
+
+
+def _unused(model: nn.Module, graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Outermost modules none of whose tensors the graph holds, and single tensors it lacks."""
+    held = {id(t) for _, _, t in _named(graph_module)}
+    missing = [(name, t) for _, name, t in _named(model) if id(t) not in held]
+    if not missing:
+        return ()
+    idle = {
+        name
+        for name, m in model.named_modules()
+        if name and not any(id(t) in held for _, _, t in _named(m))
+    }
+    found: dict[str, None] = {}
+    for name, _ in missing:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
+        found[next((p for p in prefixes if p in idle), name)] = None
+    return tuple(found)
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:

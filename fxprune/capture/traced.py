@@ -70,6 +70,8 @@ class TracedModel:
         values: every tensor of that run; ``values[ref.id]``.
         results: per graph node what it returned, tensors replaced by :class:`Ref`.
         frontend: name of the frontend that captured the graph.
+        unused: modules and parameters that the model never uses in evaluation mode (auxiliary
+            heads, say); they are not part of the graph.
         derived: what was computed from this capture once and is needed again (its dependency
             graph); never part of the capture itself.
     """
@@ -80,6 +82,7 @@ class TracedModel:
     values: tuple[Value, ...]
     results: dict[str, Any]
     frontend: str
+    unused: tuple[str, ...] = ()
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

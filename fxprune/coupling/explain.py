@@ -30,6 +30,9 @@ def report(deps: DependencyGraph) -> str:
     if deps.frozen:
         rows = [(g.name, g.width, _why(g)) for g in deps.frozen]
         lines += ["", tabulate(rows, headers=("frozen group", "width", "why"))]
+    if deps.traced.unused:
+        idle = ", ".join(deps.traced.unused)
+        lines += ["", f"never used in evaluation mode, so not part of the graph: {idle}"]
     if deps.refusals:
         lines += ["", f"{len(deps.refusals)} refusals:"]
         lines += [f"  {refusal}" for refusal in deps.refusals]

@@ -131,9 +131,7 @@ def convolution(call: Call) -> tuple[Labels, ...]:
 Sides = tuple[IntArray | None, IntArray | None]
 
 
-def _dense(
-    call: Call, labels_in: IntArray | None, weight: Operand, *, transposed: bool
-) -> Sides:
+def _dense(call: Call, labels_in: IntArray | None, weight: Operand, *, transposed: bool) -> Sides:
     reads, makes = (0, 1) if transposed else (1, 0)
     if labels_in is not None:
         weight.adopt(reads, labels_in, Role.CONSUMER)

@@ -82,9 +82,7 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     return _disjoint(call, moved)
 
 
-def _without_merged_copies(
-    call: Call, operand: Operand, shape: Sequence[int]
-) -> Iterator[Factor]:
+def _without_merged_copies(call: Call, operand: Operand, shape: Sequence[int]) -> Iterator[Factor]:
     """Copies (of an expanded axis) that merge with channels stay all: the channels matter."""
     runs = [set(ins) for ins, outs in matching_runs(operand.shape, shape) if len(ins) > 1]
     labels = operand.labels
@@ -124,7 +122,7 @@ _PRODUCT = (
 
 
 def view(call: Call) -> tuple[Labels, ...]:
-    """``view``, ``reshape``, ``squeeze``, ``unsqueeze``, ``flatten``: sizes change, order does not."""
+    """``view``, ``reshape``, ``squeeze``, ``flatten``: sizes change, the order does not."""
     labels = arrived(call, reshaped(call, call["self"], call.shapes[0]))
     if call.op not in ("aten::squeeze", "aten::unsqueeze"):
         sized(call, tuple(f for f in labels if f.origin is None))  # parts: when they are settled

@@ -59,18 +59,15 @@ def mixing(axes: Callable[[Call], set[int]]) -> Rule:
     def rule(call: Call) -> tuple[Labels, ...]:
         x = next(call.operands())
         mixed = axes(call)
-        factors = []
-        for axis, labels in x.axes().items():
-            if axis in mixed:
-                call.freeze(labels, *MIXES)
-            factors.append(Factor((axis,), labels))
+        found = x.axes()
+        for axis in sorted(mixed & found.keys()):
+            call.freeze(found[axis], *MIXES)
         for other in call.operands():
             if other is not x:
                 for factor in other.labels:
                     call.freeze(factor.labels, *MIXES)
-        return (tuple(factors),) + tuple(
-            tuple(factors) if shape == call.shapes[0] else () for shape in call.shapes[1:]
-        )
+        labels = tuple(Factor((axis,), own) for axis, own in found.items())
+        return tuple(labels if shape == call.shapes[0] else () for shape in call.shapes)
 
     return rule
 

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     NARROW = "narrow"  # (x, dim, start, length)
     SELECT = "select"  # (x, dim, index)
     LIKE = "like"  # (x, y): the sizes of y
+    SQUEEZE = "squeeze"  # (x, dim): without dim, every axis of size 1
     PAD = "pad"  # (x, [before, after, ...] from the last axis)
 
 
@@ -49,6 +50,8 @@ SIZED: dict[Any, Kind] = {
     "unflatten": Kind.UNFLATTEN,
     torch.unflatten: Kind.UNFLATTEN,
     nn.Unflatten: Kind.UNFLATTEN,
+    "squeeze": Kind.SQUEEZE,
+    torch.squeeze: Kind.SQUEEZE,
     "split": Kind.SPLIT,
     torch.split: Kind.SPLIT,
     "split_with_sizes": Kind.SPLIT,
@@ -75,12 +78,13 @@ ADAPTIVE: frozenset[Any] = frozenset(
         "flatten",
         torch.flatten,
         nn.Flatten,
-        "squeeze",
-        torch.squeeze,
         "unsqueeze",
         torch.unsqueeze,
         "unbind",
         torch.unbind,
+        "repeat_interleave",
+        torch.repeat_interleave,
+        F.normalize,
         F.glu,
         nn.GLU,
         F.linear,

@@ -216,6 +216,13 @@ def _edit_like(site: Site) -> None:
     site.node.target, site.node.args, site.node.kwargs = method, (site.node.args[0], *sizes), {}
 
 
+def _edit_squeeze(site: Site) -> None:
+    """Name the axes, so that a channel axis that shrank to size 1 is not squeezed with them."""
+    if site.argument(1, "dim") is None:
+        before = site.shapes.deps.traced.values[site.input].shape
+        site.set(1, "dim", tuple(k for k, size in enumerate(before) if size == 1))
+
+
 def slim_padding(shapes: SlimShapes, source: int, result: int, pad: Sequence[int]) -> list[int]:
     """Padding of the slim model; a negative amount counts the kept positions it crops."""
     ndim = len(shapes.deps.traced.values[source].shape)
@@ -251,5 +258,6 @@ EDITORS: dict[Kind, Callable[[Site], None]] = {
     Kind.NARROW: _edit_narrow,
     Kind.SELECT: _edit_select,
     Kind.LIKE: _edit_like,
+    Kind.SQUEEZE: _edit_squeeze,
     Kind.PAD: _edit_pad,
 }

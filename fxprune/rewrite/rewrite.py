@@ -105,17 +105,17 @@ class _GraphRewriter:
             if gather is not None and self.shapes.changed(gather.source):
                 return self._replace_by_gather(new, gather, result.id)
         kind = SIZED.get(target_of(self.traced.graph_module, old))
-        values = self._in_original((old.args, old.kwargs))
-        if kind is not None and self._touches_pruned(values, result):
-            self._edit_sizes(old, new, kind, result)
-        elif _refs(result):
+        if _refs(result):
             self._restore_data_arguments(old, new)
+        if kind is not None and self._touches_pruned(old, result):
+            self._edit_sizes(old, new, kind, result)
         if old.op == "call_function" and old.name in self.call_groups:
             _set_call_groups(new, self.call_groups[old.name])
         return new
 
-    def _touches_pruned(self, values: Any, result: Any) -> bool:
-        return any(self.shapes.changed(r.id) for r in (*_refs(values), *_refs(result)))
+    def _touches_pruned(self, old: fx.Node, result: Any) -> bool:
+        operands = _refs(self._in_original((old.args, old.kwargs)))
+        return any(self.shapes.changed(r.id) for r in (*operands, *_refs(result)))
 
     def _in_original(self, tree: Any) -> Any:
         """Arguments as they were in the original run."""
@@ -125,6 +125,20 @@ class _GraphRewriter:
         """Arguments as they evaluate in the slim model."""
         return fx.map_arg(tree, lambda n: self.slim_results[n.name])
 
+    def _restored(self, tree: Any) -> Any:
+        """Like ``_in_slim``, after ``_restore_data_arguments``."""
+
+        def value(node: fx.Node) -> Any:
+            source = self.traced.results if self._differs(node) else self.slim_results
+            return source[node.name]
+
+        return fx.map_arg(tree, value)
+
+    def _differs(self, node: fx.Node) -> bool:
+        """Whether a node gives a number, and another one in the slim model."""
+        before = self.traced.results[node.name]
+        return isinstance(before, (int, float)) and before != self.slim_results[node.name]
+
     def _edit_sizes(self, old: fx.Node, new: fx.Node, kind: Kind, result: Any) -> None:
         for ref in _refs(result):
             if not self._dies(ref):
@@ -133,8 +147,8 @@ class _GraphRewriter:
         if new.op == "call_module":
             self._edit_module(new, kind, values, result)
         elif kind is not Kind.INDEX or isinstance(values[0], Ref):
-            kwargs = self._in_original(old.kwargs), self._in_slim(old.kwargs)
-            site = Site(new, values, self._in_slim(old.args), *kwargs, result, self.shapes)
+            kwargs = self._in_original(old.kwargs), self._restored(old.kwargs)
+            site = Site(new, values, self._restored(old.args), *kwargs, result, self.shapes)
             EDITORS[kind](site)
 
     def _dies(self, ref: Ref) -> bool:
@@ -174,9 +188,7 @@ class _GraphRewriter:
         """A number read off a narrower axis that is data, not a size, keeps its old value."""
 
         def literal(node: fx.Node) -> Any:
-            before, after = self.traced.results[node.name], self.slim_results[node.name]
-            is_number = isinstance(before, (int, float, bool)) and before != after
-            return before if is_number else self.nodes[node]
+            return self.traced.results[node.name] if self._differs(node) else self.nodes[node]
 
         new.args = fx.map_arg(old.args, literal)
         new.kwargs = fx.map_arg(old.kwargs, literal)
