@@ -1,0 +1,119 @@
+"""Run a model without touching anything of it, in double precision if wanted.
+
+A dispatch mode hands every operator double copies of what the model holds. So rounding shrinks to
+1e-16 and a mistake in the smallest channel stands out, no second set of weights is ever in memory,
+and a constant that the model's code makes in single precision fits the rest.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_DOUBLE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+class Guard(TorchDispatchMode):
+    """Keeps a model's tensors from being written to, and converts them on the way if ``double``.
+
+    Args:
+        model: the model that will run.
+        double: compute in float64 whatever the model's precision is.
+    """
+
+    def __init__(self, model: nn.Module, *, double: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._double = double
+        self._held = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._buffers = {id(b) for b in model.buffers()}
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with what was copied
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func`` on protected, converted operands."""
+        kwargs = dict(kwargs or {})
+        if func._schema.is_mutable:
+            self._protect_written(func, args, kwargs)
+        args, kwargs = self.convert(args), self.convert(kwargs)
+        if self._double and kwargs.get("dtype") in _DOUBLE:
+            kwargs["dtype"] = _DOUBLE[kwargs["dtype"]]
+        return self._converted_result(self.compute(func, args, kwargs))
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operator; a subclass may change its operands first."""
+        return func(*args, **kwargs)
+
+    def convert(self, tree: Any) -> Any:
+        """The tensors in a nest as an operator shall see them."""
+        return pytree.tree_map_only(torch.Tensor, self._operand, tree)
+
+    def _operand(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = self._copies.get(id(tensor))
+        if found is not None:
+            return found[1]
+        if id(tensor) in self._buffers:  # one copy for the whole run: views of it share memory
+            return self._copy(tensor)
+        return doubled(tensor) if self._double else tensor
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = doubled(tensor) if self._double else tensor
+        copy = copy.clone() if copy is tensor else copy
+        self._copies[id(tensor)] = tensor, copy
+        return copy
+
+    def _protect_written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for k, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[k] if k < len(args) else kwargs.get(argument.name)
+            for tensor in pytree.tree_leaves(value):
+                low = self._double and getattr(tensor, "dtype", None) in _DOUBLE
+                if (low or id(tensor) in self._held) and id(tensor) not in self._copies:
+                    self._copy(tensor)
+
+    def _converted_result(self, result: Any) -> Any:
+        if not self._double:
+            return result
+        return pytree.tree_map_only(torch.Tensor, doubled, result)
+
+
+def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in double precision; itself if it is that already, or holds no fractions."""
+    return tensor.to(_DOUBLE.get(tensor.dtype, tensor.dtype))
+
+
+@contextlib.contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, random numbers apart; everything as before at the end."""
+    modules = {id(m): m for model in models for m in model.modules()}
+    saved = [(m, m.training) for m in modules.values()]
+    try:
+        for m, _ in saved:
+            m.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=_devices()):
+            yield
+    finally:
+        for m, training in saved:
+            m.training = training
+
+
+def reseed() -> None:
+    """Start the random numbers anew: two models that draw alike then get the same ones."""
+    torch.default_generator.manual_seed(0)
+    if _devices():
+        torch.cuda.manual_seed_all(0)
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
