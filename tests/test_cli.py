@@ -1,6 +1,8 @@
 """The command line: reports on stdout, messages on stderr, exit statuses to rely on."""
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,8 @@ ready = net()
 number = 3
 """
 SHAPE = ("--input", "2,3,10,10")
+# Processes that the tests start find this fxprune wherever they run.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parents[1])}
 HALF = (*SHAPE, "--flops", "50%")
 
 
@@ -89,9 +93,10 @@ def pruned(run, tmp_path):
     return tmp_path / "slim"
 
 
-def model_of(name="net"):
-    torch.manual_seed(0)
-    return getattr(__import__("tiny_nets"), name)().eval()
+def model_of(name="net", seed=0):
+    factory = runpy.run_path("tiny_nets.py")[name]
+    torch.manual_seed(seed)
+    return factory().eval()
 
 
 def image(batch=2):
@@ -175,9 +180,7 @@ def test_the_same_call_writes_the_same_bytes_and_another_seed_does_not(run, prun
 def test_every_criterion_can_be_chosen(name, run):
     criterion = {"cpmc": fp.CPMC(), "l1": fp.L1(), "l2": fp.L2(), "random": fp.Random(seed=3)}[name]
     run("prune", "tiny_nets:net", *HALF, "--importance", name, "--seed", 3, "--out", "slim")
-    torch.manual_seed(3)
-    model = __import__("tiny_nets").net().eval()
-    expected = fp.prune(model, image(), flops="50%", importance=criterion).plan
+    expected = fp.prune(model_of(seed=3), image(), flops="50%", importance=criterion).plan
     assert fp.PruningPlan.load("slim/plan.json").axes == expected.axes
 
 
@@ -237,16 +240,18 @@ def test_a_file_elsewhere_finds_the_modules_beside_it(run, tmp_path, monkeypatch
 # weights
 
 
-@pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
-def test_weights_come_from_a_file(suffix, wrap, run):
+@pytest.mark.parametrize(
+    ("file", "write"),
+    [
+        ("w.safetensors", safetensors.torch.save_file),
+        ("w.pt", torch.save),
+        ("checkpoint.pth", lambda state, file: torch.save({"state_dict": state, "n": 3}, file)),
+    ],
+)
+def test_weights_come_from_a_file(file, write, run):
     model = randomize(model_of(), seed=5)
-    state = model.state_dict()
-    if suffix == "safetensors":
-        safetensors.torch.save_file(state, "w.safetensors")
-    else:
-        torch.save({"state_dict": state, "epoch": 3} if wrap else state, f"w.{suffix}")
-    status, _, err = run("prune", "tiny_nets:net", *HALF, "--weights", f"w.{suffix}", "--out", "s")
+    write(model.state_dict(), file)
+    status, _, err = run("prune", "tiny_nets:net", *HALF, "--weights", file, "--out", "s")
     assert status == 0, err
     expected = fp.prune(model, image(), flops=0.5).model
     assert torch.equal(fp.load("s")(image()), expected(image()))
@@ -471,9 +476,14 @@ def test_every_command_explains_its_options(command, run):
     assert "--weights FILE" in out
 
 
-def fxprune(*arguments, **options):
-    command = [sys.executable, "-m", "fxprune", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+def fxprune(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "fxprune", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+    )
 
 
 def test_a_torchvision_model_is_pruned_and_verified_by_separate_processes():
@@ -491,7 +501,9 @@ def test_a_torchvision_model_is_pruned_and_verified_by_separate_processes():
 
 def test_a_reader_that_leaves_early_gets_no_traceback():
     command = [sys.executable, "-m", "fxprune", "inspect", "tiny_nets:net", *SHAPE]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()

@@ -38,8 +38,7 @@ def build(name: str, *, seed: int, weights: str | None, trust: Sequence[str]) ->
         ArgumentError: no such model.
         ArtifactError: a file cannot be read or does not fit.
     """
-    torch.manual_seed(seed)
-    model = _find(name, trust)
+    model = _find(name, seed, trust)
     if weights is not None:
         state = _read_state(Path(weights))
         try:
@@ -92,18 +91,18 @@ def _like(value: Any, generator: torch.Generator) -> Any:
     return torch.randint(0, 2, value.shape, generator=generator).to(value.dtype)
 
 
-def _find(name: str, trust: Sequence[str]) -> nn.Module:
+def _find(name: str, seed: int, trust: Sequence[str]) -> nn.Module:
     if name.startswith(_TORCHVISION):
-        return _torchvision_model(name.removeprefix(_TORCHVISION))
+        return _torchvision_model(name.removeprefix(_TORCHVISION), seed)
     place, colon, factory = name.rpartition(":")
     if colon:
-        return _made_by(name, place, factory)
+        return _made_by(name, place, factory, seed)
     if Path(name).exists():
         return load(name, trust=trust)
     raise ArgumentError(f"{name!r} is not a model, and no folder has this name.\n{MODELS}")
 
 
-def _torchvision_model(name: str) -> nn.Module:
+def _torchvision_model(name: str, seed: int) -> nn.Module:
     try:
         models = import_torchvision().models
     except ModuleNotFoundError as error:
@@ -120,17 +119,21 @@ def _torchvision_model(name: str) -> nn.Module:
     with warnings.catch_warnings():
         # Others announce that a default will change.
         warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
         model: nn.Module = models.get_model(name, weights=None, **options)
     return model
 
 
-def _made_by(name: str, place: str, factory: str) -> nn.Module:
+def _made_by(name: str, place: str, factory: str, seed: int) -> nn.Module:
     """What ``factory`` of the module or file ``place`` makes."""
     try:
         with _importable(os.getcwd()):
+            torch.manual_seed(seed)
             found: Any = _imported(place)
             for part in factory.split("."):
                 found = getattr(found, part)
+            # Again: the import may have used random numbers, but only if it was the first.
+            torch.manual_seed(seed)
             model = found if isinstance(found, nn.Module) else found()
     # The code is the user's own and may raise anything.
     except Exception as error:

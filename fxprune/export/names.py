@@ -49,12 +49,13 @@ _TORCH = (
     | frozenset(torch.functional.__all__)
     | {"_assert", "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sqrt"}
     | {"Size", "device"}
-) - {"from_file"}
+) - {"from_file"}  # maps a file, and makes one that is not there
 _FUNCTION_HOMES = ("torch", "torch.functional", "torch._C._nn", "torch.nn.functional")
 _TORCHVISION = ("torchvision.ops", "torchvision.models")
 _SIZE_FUNCTIONS = ("_compute_pad_size_3d", "_get_window_and_shift_size")
 _TENSOR_NAMESPACES = ("torch.fft", "torch.linalg", "torch.special")
 _OP_NAMESPACES = ("aten", "prims", "torchvision")
+_FILE_OPS = ("from_file", "save")
 _CLASS_ROOTS = ("torch.nn", "torch.ao.nn", "fxprune", *_TORCHVISION)
 # Names that are tried first, so that a file does not depend on where PyTorch keeps its code.
 _PUBLIC = (
@@ -243,8 +244,9 @@ def _is_builtin(path: str, found: Any) -> bool:
 
 
 def _is_operator(path: str, found: Any) -> bool:
-    namespace = path.partition(".")[0]
-    return namespace in _OP_NAMESPACES and isinstance(found, OpOverload | OpOverloadPacket)
+    namespace, name = [*path.split("."), ""][:2]
+    safe = namespace in _OP_NAMESPACES and name not in _FILE_OPS
+    return safe and isinstance(found, OpOverload | OpOverloadPacket)
 
 
 _EXACT: dict[str, Callable[[str, Any], bool]] = {
