@@ -10,7 +10,7 @@ from torch import fx, nn
 from fxprune.capture.traced import Ref
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.planning.budget import BoolArray
-from fxprune.verify.guard import Guard
+from fxprune.verify.guard import Guard, guarding
 from fxprune.verify.masked import Steps, run_masked
 from fxprune.verify.outputs import tensor_difference
 
@@ -53,7 +53,7 @@ def first_difference(
     run_masked(deps.traced, steps, runs[0], double=double, observe=remember)
     comparison = _Comparison(slim, expected, limit)
     try:
-        with Guard(slim, double=double):
+        with guarding(Guard(slim, double=double)):
             comparison.run(*runs[1])
     except _FoundError as found:
         return str(found)

@@ -14,7 +14,7 @@ from fxprune.planning.budget import BoolArray
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 from fxprune.verify.blame import first_difference
-from fxprune.verify.guard import Guard, reseed, undisturbed
+from fxprune.verify.guard import Guard, guarding, reseed, undisturbed
 from fxprune.verify.masked import Steps, channel_reads, run_masked
 from fxprune.verify.outputs import Difference, difference, is_finite
 from fxprune.verify.trial import copied, trial_inputs
@@ -185,7 +185,7 @@ class _Trial:
     def _actual(self, name: str, inputs: tuple[Any, ...]) -> Any:
         reseed()
         try:
-            with Guard(self.slim, double=self.double):
+            with guarding(Guard(self.slim, double=self.double)):
                 return self.slim(*copied(inputs))
         except Exception as error:
             place = self._blame(inputs)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,20 +34,23 @@ class Guard(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, *, double: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._double = double
+        self.double = double
         self._held = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._buffers = {id(b) for b in model.buffers()}
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with what was copied
+        self._converting = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run ``func`` on protected, converted operands."""
         kwargs = dict(kwargs or {})
+        if self._converting:
+            return func(*args, **kwargs)
         if func._schema.is_mutable:
             self._protect_written(func, args, kwargs)
         args, kwargs = self.convert(args), self.convert(kwargs)
-        if self._double and kwargs.get("dtype") in _DOUBLE:
+        if self.double and kwargs.get("dtype") in _DOUBLE:
             kwargs["dtype"] = _DOUBLE[kwargs["dtype"]]
         return self._converted_result(self.compute(func, args, kwargs))
 
@@ -56,7 +60,11 @@ class Guard(TorchDispatchMode):
 
     def convert(self, tree: Any) -> Any:
         """The tensors in a nest as an operator shall see them."""
-        return pytree.tree_map_only(torch.Tensor, self._operand, tree)
+        self._converting = True
+        try:
+            return pytree.tree_map_only(torch.Tensor, self._operand, tree)
+        finally:
+            self._converting = False
 
     def _operand(self, tensor: torch.Tensor) -> torch.Tensor:
         found = self._copies.get(id(tensor))
@@ -64,10 +72,10 @@ class Guard(TorchDispatchMode):
             return found[1]
         if id(tensor) in self._buffers:  # one copy for the whole run: views of it share memory
             return self._copy(tensor)
-        return doubled(tensor) if self._double else tensor
+        return doubled(tensor) if self.double else tensor
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        copy = doubled(tensor) if self._double else tensor
+        copy = doubled(tensor) if self.double else tensor
         copy = copy.clone() if copy is tensor else copy
         self._copies[id(tensor)] = tensor, copy
         return copy
@@ -78,14 +86,44 @@ class Guard(TorchDispatchMode):
                 continue
             value = args[k] if k < len(args) else kwargs.get(argument.name)
             for tensor in pytree.tree_leaves(value):
-                low = self._double and getattr(tensor, "dtype", None) in _DOUBLE
+                low = self.double and getattr(tensor, "dtype", None) in _DOUBLE
                 if (low or id(tensor) in self._held) and id(tensor) not in self._copies:
                     self._copy(tensor)
 
     def _converted_result(self, result: Any) -> Any:
-        if not self._double:
+        if not self.double:
             return result
         return pytree.tree_map_only(torch.Tensor, doubled, result)
+
+
+class _DoubleCalls(TorchFunctionMode):
+    """Shows double precision to the calls above the dispatcher, which compare dtypes."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self._guard = guard
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            dtype = func(*args)
+            return _DOUBLE.get(dtype, dtype)
+        if name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        written = int((name.endswith("_") and not name.endswith("__")) or name == "__setitem__")
+        converted = self._guard.convert(args[written:])
+        return func(*args[:written], *converted, **self._guard.convert(kwargs))
+
+
+@contextlib.contextmanager
+def guarding(guard: Guard) -> Iterator[None]:
+    """Run everything inside under a guard."""
+    calls = _DoubleCalls(guard) if guard.double else contextlib.nullcontext()
+    with guard, calls:
+        yield
 
 
 def doubled(tensor: torch.Tensor) -> torch.Tensor:

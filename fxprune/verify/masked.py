@@ -20,7 +20,7 @@ from fxprune.ops.call import base_name, schema_arguments
 from fxprune.ops.labels import IntArray
 from fxprune.planning.budget import BoolArray
 from fxprune.planning.plan import PruningPlan
-from fxprune.verify.guard import Guard
+from fxprune.verify.guard import Guard, guarding
 
 # The two operands of a matrix product and their summed axes. Which of these operators a linear
 # layer becomes depends on memory layout and device, so they stand for each other.
@@ -298,5 +298,5 @@ def run_masked(
         VerificationError: the run executes other operators than the captured one.
     """
     guard = _MaskingGuard(traced.graph_module, steps, double=double)
-    with guard:
+    with guarding(guard):
         return _MaskedRun(traced.graph_module, guard, observe).run(*inputs)
