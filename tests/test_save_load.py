@@ -320,8 +320,11 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 def test_a_saved_folder_can_be_read_by_whoever_may_read_its_neighbours(tmp_path):
     (tmp_path / "neighbour").mkdir()
+    (tmp_path / "neighbour" / "file").touch()
     path = save(net("tied")[0], tmp_path / "slim")
     assert path.stat().st_mode == (tmp_path / "neighbour").stat().st_mode
+    modes = {file.stat().st_mode for file in path.iterdir()}
+    assert modes == {(tmp_path / "neighbour" / "file").stat().st_mode}
 
 
 def test_a_saved_model_is_replaced_only_when_asked(tmp_path):

@@ -164,7 +164,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
             f"{target} holds other files beside a saved model ({_some(foreign)}); move them first"
         )
     if not overwrite:
-        raise ArtifactError(f"{target} holds a saved model already; overwrite=True replaces it")
+        raise ArtifactError(
+            f"{target} holds a saved model already; overwrite=True (--force) replaces it"
+        )
 
 
 def _parts(model: Any) -> tuple[fx.GraphModule, str | None, Any]:
@@ -246,6 +248,8 @@ def _write(
             f"the weights cannot be stored as safetensors ({error}); their dtypes: {dtypes}"
         ) from error
     (folder / GRAPH_FILE).write_text(_dumps(document), encoding="utf-8")
+    # safetensors makes files that only their owner may read.
+    shutil.copymode(folder / GRAPH_FILE, folder / WEIGHTS_FILE)
     if plan is not None:
         (folder / PLAN_FILE).write_bytes(plan.encode())
 
