@@ -1,5 +1,6 @@
 """``verify``: run slim model and masked original on the same inputs, compare what they return."""
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from fxprune.verify.blame import first_difference
 from fxprune.verify.guard import Guard, guarding, reseed, undisturbed
 from fxprune.verify.masked import Steps, channel_reads, run_masked
 from fxprune.verify.outputs import Difference, difference, is_finite
-from fxprune.verify.trial import copied, trial_inputs
+from fxprune.verify.trial import copied, first_rows, trial_inputs
 
 # Largest difference as a share of the output's scale that rounding explains, by precision.
 TOLERANCES = {
@@ -101,23 +102,29 @@ def verify(
     deps = analyze(traced)
     alive = kept_channels(deps, plan)
     steps = channel_reads(deps, alive, plan)
-    trial = _Trial(deps, alive, steps, slim, tolerance, plan.approximate, double)
+    trial = _Trial(deps, alive, steps, slim, traced.args, tolerance, plan.approximate, double)
     with undisturbed(traced.graph_module, slim):
-        if double:
-            try:
-                return trial.verdict()
-            except NonFiniteError:
-                raise
-            except Exception:  # say, a layer that insists on inputs of its own precision
-                trial = replace(trial, double=False)
-        try:
-            return trial.verdict()
-        except _SlimError as failure:
-            return trial.failed(str(failure))
+        return _settled(trial)
+
+
+def _settled(trial: "_Trial") -> Verdict:
+    """The verdict of the cheapest and sharpest trial that both models can take."""
+    ways = [trial]
+    if trial.double:  # some layers insist on inputs of their own precision
+        ways.append(replace(trial, double=False))
+    if (rows := first_rows(trial.example)) is not None:  # some models insist on their batch size
+        ways.insert(0, replace(trial, example=rows))
+    for way in ways[:-1]:
+        with contextlib.suppress(VerificationError, _SlimError):
+            return way.verdict()
+    try:
+        return ways[-1].verdict()
+    except _SlimError as error:
+        return ways[-1].failed(str(error))
 
 
 class _SlimError(Exception):
-    """The slim model raised an error."""
+    """The slim model raised an error where the original does not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +135,7 @@ class _Trial:
     alive: BoolArray
     steps: Steps
     slim: nn.Module
+    example: tuple[Any, ...]
     tolerance: float | None
     approximate: tuple[str, ...]
     double: bool
@@ -146,8 +154,7 @@ class _Trial:
         """Compare on every input; stop at the first that differs."""
         worst = Difference(0.0, 0.0, "")
         compared: list[str] = []
-        example = self.deps.traced.args
-        for name, inputs in trial_inputs(example, double=self.double):
+        for name, inputs in trial_inputs(self.example, double=self.double):
             expected = self._expected(inputs, needed=not compared)
             if expected is None:
                 continue
@@ -156,7 +163,8 @@ class _Trial:
                 return self._mismatch(found, name, inputs)
             worst = max(worst, found, key=lambda d: (d.ratio, d.scale))
             compared.append(name)
-        message = f"on {' and '.join(compared)}, in {'float64' if self.double else 'own precision'}"
+        precision = "float64" if self.double else "own precision"
+        message = f"{' and '.join(compared)}, in {precision}"
         if worst.scale == 0:
             message += "; every output is zero, which shows little"
         return self._make(worst, message, ok=True)

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from fxprune.verify.guard import doubled
 
 _SEED = 1998
+_ROWS = 2
 
 
 def trial_inputs(
@@ -19,7 +20,7 @@ def trial_inputs(
     A lucky example, such as an image of zeros, hides mistakes. Random tensors have the mean and
     spread of the example's, and no sign that it lacks. Whole numbers stay: they are indices.
     """
-    yield "the example inputs", _converted(example, double=double)
+    yield "example inputs", _converted(example, double=double)
     generator = torch.Generator().manual_seed(_SEED)
 
     def random(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,6 +37,19 @@ def trial_inputs(
     if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in leaves):
         drawn = pytree.tree_map_only(torch.Tensor, random, example)
         yield "random inputs", _converted(drawn, double=double)
+
+
+def first_rows(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The first two rows of every tensor; None if their first axes are not one longer batch.
+
+    In evaluation mode the rows of a batch say the same about a model, and cost as much each.
+    """
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor)]
+    rows = {t.shape[0] if t.dim() else 0 for t in tensors}
+    if len(rows) != 1 or max(rows) <= _ROWS:
+        return None
+    first: tuple[Any, ...] = pytree.tree_map_only(torch.Tensor, lambda t: t[:_ROWS], example)
+    return first
 
 
 def copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
