@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import fxprune as fp
 from fxprune.cli import main
+from fxprune.cli.models import build
+from fxprune.vision import import_torchvision
 from tests.zoo.randomize import randomize
 
 TINY = """
@@ -368,6 +371,13 @@ def test_an_unknown_torchvision_model_brings_suggestions(run):
     status, _, err = run("inspect", "torchvision/resnet19")
     assert status == 2
     assert "resnet18" in err
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_torchvision_models_are_built_without_fetching_weights(name, monkeypatch):
+    api = import_torchvision().models._api
+    monkeypatch.setattr(api, "load_state_dict_from_url", None)
+    assert isinstance(build(f"torchvision/{name}", seed=0, weights=None, trust=()), nn.Module)
 
 
 @pytest.mark.parametrize("shape", ["1,3,x", "1,0,4", "", "1;2"])

@@ -114,8 +114,9 @@ def _torchvision_model(name: str, seed: int) -> nn.Module:
             f"torchvision has no model {name!r}; it has {', '.join(close)} and others, "
             f"{len(known)} in all"
         )
-    # Some constructors fetch weights of a part unless told not to.
-    options = {"weights_backbone": None} if name in models.list_models(models.segmentation) else {}
+    # These fetch weights of a part unless told not to.
+    composed = models.list_models(models.segmentation) + models.list_models(models.detection)
+    options = {"weights_backbone": None} if name in composed else {}
     with warnings.catch_warnings():
         # Others announce that a default will change.
         warnings.simplefilter("ignore", FutureWarning)
