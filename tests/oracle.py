@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune as fp
+from fxprune.planning import AxisPlan
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -83,8 +84,8 @@ def prune_as_far_as_possible(model: nn.Module, inputs: Any, flops: float) -> fp.
 
 def lowest_reachable(error: fp.errors.BudgetError) -> float:
     """Read the lowest reachable share from the message, rounded up to its last digit."""
-    (number,) = re.findall(r"\((0\.\d+)\) is the lowest reachable", str(error))
-    return float(number) + 10.0 ** (2 - len(number))
+    (number,) = re.findall(r"\(([01]\.\d+)\) is the lowest reachable", str(error))
+    return min(1.0, float(number) + 10.0 ** (2 - len(number)))
 
 
 def widths(model: nn.Module) -> dict[str, int]:
@@ -137,13 +138,13 @@ def _columns(model: nn.Module) -> set[tuple[str, int]]:
     for module in model.modules():
         if isinstance(module, (*CONVS, nn.Linear)):
             axis_of.setdefault(id(module.weight), set()).add(1)
-        elif isinstance(module, TRANSPOSED):
+        elif isinstance(module, TRANSPOSED) and module.groups < module.in_channels:
             axis_of.setdefault(id(module.weight), set()).add(0)
     named = model.named_parameters(remove_duplicate=False)
     return {(name, axis) for name, p in named for axis in axis_of.get(id(p), ())}
 
 
-def _overwrite(tensor: Tensor, axis: fp.AxisPlan, values: Tensor) -> None:
+def _overwrite(tensor: Tensor, axis: AxisPlan, values: Tensor) -> None:
     """Replace the removed positions of one axis; every block of rows has positions of its own."""
     removed = sorted(set(range(axis.size)) - set(axis.kept))
     assert removed
@@ -155,3 +156,37 @@ def _overwrite(tensor: Tensor, axis: fp.AxisPlan, values: Tensor) -> None:
             assert axis.axis == 1
             at = (slice(block * rows, (block + 1) * rows), inside)
         tensor[at] = values[at].to(tensor.dtype)
+
+
+Cell = tuple[str, int, int, int]  # parameter, axis, number of blocks, position
+
+
+def cells_of(
+    group: fp.Group, channel: int, model: nn.Module, readers: Mapping[str, int] | None = None
+) -> tuple[list[Cell], list[Cell]]:
+    """Return where one channel of a group is made (rows) and where it is read (columns)."""
+    known = _columns(model) | set((readers or {}).items())
+    rows: list[Cell] = []
+    columns: list[Cell] = []
+    for slot in group.slots:
+        axis = slot.parameter
+        side = columns if (axis.name, axis.axis) in known else rows
+        side += [(axis.name, axis.axis, axis.blocks, int(p)) for p in slot.positions[channel]]
+    return rows, columns
+
+
+def overwritten(model: nn.Module, cells: list[Cell], value: float) -> nn.Module:
+    """Return a copy of ``model`` with ``value`` in every one of ``cells``."""
+    changed = copy.deepcopy(model)
+    tensors = dict(changed.named_parameters(remove_duplicate=False))
+    tensors |= dict(changed.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, axis, blocks, position in cells:
+            tensor = tensors[name]
+            if blocks > 1:
+                block, inside = divmod(position, tensor.shape[1])
+                rows = tensor.shape[0] // blocks
+                tensor[block * rows : (block + 1) * rows, inside] = value
+            else:
+                tensor.select(axis, position).fill_(value)
+    return changed

@@ -213,7 +213,7 @@ def test_every_field_of_a_plan_is_needed(result: fp.PruneResult) -> None:
     whole = json.loads(result.plan.to_json())
     for field in whole:
         part = {name: value for name, value in whole.items() if name != field}
-        raised(errors.ArtifactError, lambda part=part: fp.PruningPlan.from_json(json.dumps(part)))
+        raised(errors.PlanError, lambda part=part: fp.PruningPlan.from_json(json.dumps(part)))
 
 
 def test_a_slim_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -169,11 +169,10 @@ def test_slim_keeps_names_dtypes_and_requires_grad(name: str) -> None:
     model = build(name)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 != 0)
-    slim = prune_any(model, ZOO[name].inputs())
-    assert facts(slim) == facts(model)
-    assert list(slim.state_dict()) == list(model.state_dict()) or set(slim.state_dict()) == set(
-        model.state_dict()
-    )
+    before, after = facts(model), facts(prune_any(model, ZOO[name].inputs()))
+    assert after.items() <= before.items()
+    # A buffer of channel numbers that nothing reads any more may go.
+    assert before.keys() - after.keys() <= {"order"}
 
 
 def prune_any(model: nn.Module, inputs: Any) -> nn.Module:
@@ -185,11 +184,12 @@ def prune_any(model: nn.Module, inputs: Any) -> nn.Module:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    """What must not change about every tensor of the state_dict but its sizes."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
     return {
-        n: (t.dtype, t.device, t.requires_grad, type(t), t.dim())
-        for n, t in (parameters | buffers).items()
+        n: (t.dtype, t.device, tensors[n].requires_grad, type(tensors[n]), t.dim())
+        for n, t in model.state_dict().items()
     }
 
 

@@ -34,7 +34,7 @@ NETS = ["inception", "residual", "grouped_conv", "shuffle_unit", "unet", "uneven
 @pytest.mark.parametrize("ratio", [1.0, 0.75, 0.5, 0.1])
 @pytest.mark.parametrize("name", ["inception", "residual", "unet", "dense_block"])
 def test_one_ratio_is_the_share_kept_of_every_group(name: str, ratio: float) -> None:
-    for before, after in kept(planned(name, ratios=ratio)).values():
+    for before, after in kept(planned(name, ratios=ratio, max_ratio=1.0)).values():
         assert after == max(1, math.floor(ratio * before + 1e-9))
 
 
@@ -78,12 +78,12 @@ def split_means(deps, plan: fp.PruningPlan, scores: torch.Tensor) -> tuple[float
 @pytest.mark.parametrize("pattern", ["b3", "b3.0", "b3.0.weight", "b[3]*", "*3.0"])
 def test_an_ignored_layer_keeps_its_shape(pattern: str) -> None:
     model, inputs = build("inception"), ZOO["inception"].inputs()
-    result = fp.prune(model, inputs, flops=0.5, ignore=[pattern])
+    result = fp.prune(model, inputs, flops=0.85, ignore=[pattern])
     assert result.model.get_parameter("b3.0.weight").shape == model.b3[0].weight.shape
     assert widths(result.model)["b1.0"] < widths(model)["b1.0"] or (
         widths(result.model)["mix.0"] < widths(model)["mix.0"]
     )
-    assert result.plan.reached["macs"] <= 0.5 * result.plan.reached["macs_before"]
+    assert macs(result.model, inputs) <= 0.85 * macs(model, inputs)
 
 
 def test_an_ignored_container_protects_all_its_layers() -> None:
@@ -94,7 +94,7 @@ def test_an_ignored_container_protects_all_its_layers() -> None:
 
 
 def test_ignored_groups_are_named_in_the_plan() -> None:
-    plan = planned("inception", flops=0.5, ignore=["b3"])
+    plan = planned("inception", flops=0.85, ignore=["b3"])
     noted = [g.name for g in plan.groups if g.note]
     assert noted
     assert all("ignore" in g.note for g in plan.groups if g.note)
@@ -116,7 +116,9 @@ def test_round_to_gives_multiples_to_every_layer_that_changes(name: str, round_t
 @pytest.mark.parametrize("min_channels", [1, 3, 6])
 @pytest.mark.parametrize("name", NETS)
 def test_every_group_keeps_its_minimum(name: str, min_channels: int) -> None:
-    for before, after in kept(planned(name, ratios=0.01, min_channels=min_channels)).values():
+    for before, after in kept(
+        planned(name, ratios=0.01, max_ratio=1.0, min_channels=min_channels)
+    ).values():
         assert after >= min(before, min_channels)
 
 

@@ -53,7 +53,6 @@ class InPlaceAdd(nn.Module):
         y = self.a2(self.a1(x))
         y += x
         self.relu(y)
-        y.mul_(2.0)
         return self.head(y)
 
 

@@ -54,6 +54,13 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def _backward(_: object, grad: Tensor) -> Tensor:
+    return 0.6 * grad + 0.8 * torch.roll(grad, -1, dims=1)
+
+
+rotate_pairs.register_autograd(_backward)
+
+
 class UnknownOperation(nn.Module):
     def __init__(self) -> None:
         super().__init__()

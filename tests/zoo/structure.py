@@ -97,7 +97,7 @@ class TiedAutoencoder(nn.Module):
         self.middle = nn.Linear(17, 17)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.middle(F.relu(self.encode(x))))
+        x = torch.tanh(self.middle(torch.tanh(self.encode(x))))
         return F.linear(x, self.encode.weight.t())
 
 
@@ -290,7 +290,9 @@ CASES: dict[str, Case] = {
     "functional_conv": Case(FunctionalConv, 13 + 11 + 7, readers={"w2": 1, "w3": 1}),
     "shared_conv": Case(SharedConv, 13 + 11),
     "tied_convs": Case(TiedConvs, 11 + 13 + 7),
-    "tied_autoencoder": Case(TiedAutoencoder, 17, eleven, fixed=(), resizes=False),
+    "tied_autoencoder": Case(
+        TiedAutoencoder, 17, eleven, fixed=(), readers={"encode.weight": 0}, resizes=False
+    ),
     "frozen_first_layers": Case(FrozenFirstLayers, 13 + 11),
     "broadcast_gate": Case(BroadcastGate, None, fixed=("head", "gate")),
     "spatial_attention": Case(SpatialAttention, None, fixed=("head", "gate"), exact=False),
