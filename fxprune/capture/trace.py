@@ -22,6 +22,7 @@ from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFi
 FRONTENDS = ("auto", "symbolic")
 
 
+@torch.inference_mode(mode=False)
 def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> TracedModel:
     """Capture a model as a graph plus a record of the ATen operators that it executes.
 

@@ -1,5 +1,6 @@
 """CPMC: weight value with dependency, MACs and parameters, normalised over the whole network."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +63,9 @@ class CPMC:
         ):
             if chosen not in known:
                 raise ArgumentError(f"CPMC {name}={chosen!r} is unknown; choose one of {known}")
-        if min(self.value, self.macs, self.params) < 0:
-            raise ArgumentError("CPMC weights must not be negative")
+        for name in ("value", "macs", "params"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ArgumentError(f"CPMC {name}={getattr(self, name)!r} has to be 0 or more")
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""

@@ -125,14 +125,12 @@ class PruningPlan:
         """Read a plan file.
 
         Raises:
-            ArtifactError: the file cannot be read.
-            PlanError: it is not a plan.
+            ArtifactError: the file cannot be read, or holds no plan.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, PlanError) as error:
             raise ArtifactError(f"plan {path} cannot be read: {error}") from error
-        return cls.from_json(text)
 
     def report(self) -> str:
         """Asked and reached, every group before and after, every frozen group with its reason."""

@@ -20,6 +20,7 @@ from fxprune.rewrite.shapes import SlimShapes
 from fxprune.rewrite.weights import slim_tensors
 
 
+@torch.inference_mode(mode=False)  # weights made in inference mode could never train
 def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
     """A physically smaller model that equals the original with the removed channels switched off.
 

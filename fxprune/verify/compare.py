@@ -67,6 +67,7 @@ class Verdict:
         )
 
 
+@torch.inference_mode(mode=False)
 def verify(
     traced: TracedModel,
     slim: nn.Module,
