@@ -58,7 +58,7 @@ def same_types(one, other):
     return True
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES)
 def test_a_value_comes_back_equal_and_of_the_same_type(value):
     decoded = Decoder(Names(), {}, {}).decode(encoded(value))
     assert decoded == value

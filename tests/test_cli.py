@@ -506,7 +506,6 @@ def test_a_torchvision_model_is_pruned_and_verified_by_separate_processes():
     assert 0.45 <= reached["macs"] / reached["macs_before"] <= 0.5
     second = fxprune("verify", "slim", "--against", model)
     assert second.returncode == 0, second.stderr
-    assert fxprune("verify", "slim", "--against", model, "--seed", "1").returncode == 1
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback():
