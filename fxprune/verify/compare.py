@@ -211,7 +211,7 @@ class _Trial:
                 f"({self.limit:.0e} allowed)"
             )
         place = self._blame(inputs)
-        return self._make(found, message + (f"; {place}" if place else ""), ok=False)
+        return self._make(found, message + (f"; first: {place}" if place else ""), ok=False)
 
     def _blame(self, inputs: tuple[Any, ...]) -> str:
         runs = copied(inputs), copied(inputs)
