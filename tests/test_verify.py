@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune as fp
 from fxprune.errors import ArgumentError, FingerprintError, NonFiniteError, VerificationError
-from fxprune.verify.masked import Read, Step, run_masked
+from fxprune.verify.masked import PRODUCTS, Read, Step, run_masked
 from tests.mutants import MUTANTS, Spoilable, slim_axes, swap_first_two
 from tests.zoo.models import ZOO, build
 from tests.zoo.randomize import randomize
@@ -446,3 +446,12 @@ def test_verdicts_are_values() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         verdict.ok = False
     assert verdict.relative_error == verdict.max_abs_error / verdict.scale
+
+
+def test_a_contraction_with_unknown_summed_axes_is_refused(monkeypatch) -> None:
+    """A label rule that verification was not told about must not pass unchecked."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    traced, slim, plan = pruned(model, torch.randn(2, 3))
+    monkeypatch.delitem(PRODUCTS, "aten::addmm")
+    with pytest.raises(VerificationError, match="does not know which axes"):
+        fp.verify(traced, slim, plan)

@@ -24,7 +24,7 @@ from fxprune.verify.guard import Guard, guarding
 
 # The two operands of a matrix product and their summed axes. Which of these operators a linear
 # layer becomes depends on memory layout and device, so they stand for each other.
-_PRODUCTS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
+PRODUCTS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "aten::mm": (("self", -1), ("mat2", -2)),
     "aten::addmm": (("mat1", -1), ("mat2", -2)),
     "aten::bmm": (("self", -1), ("mat2", -2)),
@@ -108,7 +108,7 @@ def _by_node(traced: TracedModel, reads: Mapping[int, list[Read]]) -> Steps:
 
 def _family(op: torch._ops.OpOverload) -> str:
     name = base_name(op)
-    if name in _PRODUCTS:
+    if name in PRODUCTS:
         return "product"
     return "convolution" if name in _CONVOLUTIONS else name
 
@@ -136,7 +136,7 @@ class _Finder:
             return None if kept is None else Read("input", axis, kept, exact=True)
         if _family(record.op) != "product":
             return None
-        sides = _PRODUCTS[base_name(record.op)]
+        sides = PRODUCTS[base_name(record.op)]
         # What a weight is to channels follows from the plan alone, so ask weights first.
         order = sorted((0, 1), key=lambda k: not self._is_weight(arguments[sides[k][0]]))
         for side in order:
@@ -223,7 +223,7 @@ class _MaskingGuard(Guard):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name, axis = read.operand, read.axis
         if isinstance(name, int):
-            name, axis = _PRODUCTS[base_name(func)][name]
+            name, axis = PRODUCTS[base_name(func)][name]
         at = [argument for argument, _ in schema_arguments(func)].index(name)
         tensor = args[at] if at < len(args) else kwargs[name]
         if tensor.shape[axis] != len(read.kept):
