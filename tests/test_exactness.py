@@ -82,9 +82,13 @@ def test_the_number_of_channels_is_the_one_counted_by_hand(name: str) -> None:
     assert deps.n_channels == case.channels
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_networks_equal_the_masked_original(seed: int) -> None:
-    model = randomize(RandomNet(seed).double(), seed).eval()
+# (seed, steps) of networks that once got plans with unequal groups in a grouped convolution.
+ONCE_WRONG = [(143, 17), (200, 14), (538, 16), (544, 10), (719, 17), (1015, 13), (1102, 16)]
+
+
+@pytest.mark.parametrize(("seed", "steps"), [*((s, 12) for s in range(60)), *ONCE_WRONG])
+def test_random_networks_equal_the_masked_original(seed: int, steps: int) -> None:
+    model = randomize(RandomNet(seed, steps).double(), seed).eval()
     x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(seed)).double()
     traced = fp.trace(model, x)
     deps = fp.analyze(traced)

@@ -52,6 +52,19 @@ def test_half_the_macs_and_exactly_the_masked_original(name: str) -> None:
     result = fp.prune(model, x, flops=0.5)
     assert 0.45 <= macs(result.model, x) / macs(model, x) <= 0.5
     assert_same_function(result.model, masked_original(model, result.plan), x, tolerance=1e-4)
+    assert_exact_at_half_of_every_group(model, result, x)
+
+
+def assert_exact_at_half_of_every_group(
+    model: nn.Module, result: fp.PruneResult, x: torch.Tensor
+) -> None:
+    """A ranking may spare whole groups; a random half of every group spares none."""
+    plan = fp.plan(result.deps, fp.Random(seed=0)(result.deps), ratios=0.5)
+    assert all(len(g.kept) < g.width for g in plan.groups)
+    slim = fp.rewrite(result.traced, plan)
+    assert plan.reached["macs"] == macs(slim, x)
+    assert plan.reached["params"] == sum(p.numel() for p in slim.parameters())
+    assert_same_function(slim, masked_original(model, plan), x, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(("name", "channels"), [("resnet50", 11_456), ("densenet201", 17_024)])

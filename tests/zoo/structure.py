@@ -155,6 +155,22 @@ class GroupNorm(nn.Module):
         return self.head(self.last(F.relu(self.norm(self.stem(x)))))
 
 
+class ShownGroups(nn.Module):
+    """Two conv groups of eight outputs; the first ``n`` outputs are returned and must all stay."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.stem = conv_bn(3, 12)
+        self.grouped = nn.Conv2d(12, 16, 1, groups=2)
+        self.last = conv_bn(16 - n, 11)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.grouped(self.stem(x))
+        return x[:, : self.n], self.head(self.last(x[:, self.n :]))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -297,6 +313,8 @@ CASES: dict[str, Case] = {
     "broadcast_gate": Case(BroadcastGate, None, fixed=("head", "gate")),
     "spatial_attention": Case(SpatialAttention, None, fixed=("head", "gate"), exact=False),
     "group_norm": Case(GroupNorm, None, either=("stem",), exact=False),
+    "one_group_shown": Case(lambda: ShownGroups(8), 12 + 11, fixed=("head", "grouped")),
+    "half_a_group_shown": Case(lambda: ShownGroups(4), None, either=("grouped",)),
     "two_inputs": Case(TwoInputs, 11 + 7 + 13, two_inputs),
     "two_positional": Case(TwoInputs, 11 + 7 + 13, two_positional),
     "many_outputs": Case(ManyOutputs, 13 + 11, fixed=("head", "boxes", "shown")),
