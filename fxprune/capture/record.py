@@ -258,40 +258,7 @@ def _leaves(tree: Any) -> Iterable[torch.Tensor]:
     )
 
 
-def same_computation(a: Recording, b: Recording) -> bool:
-    """Whether two recordings are the same operators on the same operands in the same order.
-
-    Equal recordings compute the same function of parameters and inputs, so no arithmetic is
-    needed to know that a captured graph is right.
-    """
-    if len(a.records) != len(b.records) or len(a.values) != len(b.values):
-        return False
-    values_agree = all(
-        x.shape == y.shape and x.kind == y.kind and _same_data(x.data, y.data)
-        for x, y in zip(a.values, b.values, strict=True)
-    )
-    records_agree = all(
-        x.op is y.op
-        and x.outputs == y.outputs
-        and _same_arguments(x.args, y.args)
-        and _same_arguments(x.kwargs, y.kwargs)
-        for x, y in zip(a.records, b.records, strict=True)
-    )
-    return values_agree and records_agree and tree_leaves(a.output) == tree_leaves(b.output)
-
-
 def tree_leaves(tree: Any) -> list[Any]:
     """Leaves of a nest of containers; a Ref is a leaf."""
     leaves: list[Any] = torch.utils._pytree.tree_leaves(tree)
     return leaves
-
-
-def _same_arguments(a: Any, b: Any) -> bool:
-    # NaN literals and generators compare unequal to themselves: then the numeric check decides.
-    return bool(a == b)
-
-
-def _same_data(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.dtype == b.dtype and torch.equal(a, b))

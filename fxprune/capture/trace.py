@@ -1,20 +1,16 @@
 """``trace``: the entry point of capture, which checks what it captured before anyone uses it."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxprune.capture.compare import same_computation, written_state
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
-from fxprune.capture.record import (
-    Recording,
-    record_call,
-    record_graph,
-    same_computation,
-    tree_leaves,
-)
+from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.symbolic import symbolic_graph
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
@@ -46,13 +42,14 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
     _check_finite(model)
     inputs = bind_inputs(model, example_inputs)
-    with _evaluating(model), torch.random.fork_rng(devices=_devices(model)):
+    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)):
         named = list(_named(model))
         eager, meta = _record_eager(model, inputs, named)
         graph_module = symbolic_graph(model, inputs)
         graph_module.eval()
         graph = _record(graph_module, inputs, list(_named(graph_module)), meta=meta)
         if not same_computation(eager, graph):
+            _check_writes(model, eager, graph)
             _compare_outputs(model, graph_module, inputs)
     _copy_modes(model, graph_module)
     return TracedModel(
@@ -99,15 +96,33 @@ def _devices(model: nn.Module) -> list[int]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    saved = [(m, m.training) for m in model.modules()]
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; outside, modes and buffers are as they were.
+
+    Tracing calls the model's code, and code that updates a buffer does so for real.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    state = [(t, t._version, t.clone()) for t in model.buffers()]
     try:
-        for m, _ in saved:
+        for m, _ in modes:
             m.training = False
         yield
     finally:
-        for m, training in saved:
+        for m, training in modes:
             m.training = training
+        with torch.no_grad():
+            for tensor, version, content in state:
+                if tensor._version != version:
+                    tensor.copy_(content)
+
+
+def _check_writes(model: nn.Module, eager: Recording, graph: Recording) -> None:
+    lost = sorted(written_state(eager) - written_state(graph))
+    if lost:
+        raise CaptureError(
+            f"{type(model).__name__} writes to {', '.join(lost)} in evaluation mode and tracing "
+            "cannot see that, so the slim model would never do it; move the update out of forward"
+        )
 
 
 def _copy_modes(model: nn.Module, graph_module: fx.GraphModule) -> None:
@@ -150,10 +165,12 @@ def _record(
 
 
 def _compare_outputs(model: nn.Module, graph_module: fx.GraphModule, inputs: BoundInputs) -> None:
-    """The recordings differ (say, dead code was dropped): let the numbers decide."""
+    """The recordings differ (say, dead code was dropped): let the numbers decide, on copies."""
+    given = copy.deepcopy((inputs.args, inputs.kwargs, inputs.placeholders))
+    args, kwargs, placeholders = given
     with torch.no_grad():
-        expected = tree_leaves(model(*inputs.args, **inputs.kwargs))
-        actual = tree_leaves(graph_module(*inputs.placeholders))
+        expected = tree_leaves(model(*args, **kwargs))
+        actual = tree_leaves(graph_module(*copy.deepcopy(placeholders)))
     if len(expected) != len(actual) or not all(
         _equal(a, b) for a, b in zip(expected, actual, strict=True)
     ):
