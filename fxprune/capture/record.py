@@ -70,9 +70,6 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Record ``func`` and run it, on twins if any operand is symbolic."""
         kwargs = kwargs or {}
-        if func._can_decompose():  # composite operators get here whole in inference mode
-            with self:
-                return func.decompose(*args, **kwargs)
         refs = tuple(_swap(a, self.ref) for a in args)
         kw_refs = {k: _swap(a, self.ref) for k, a in kwargs.items()}
         operands = list(_tensors([*args, *kwargs.values()]))

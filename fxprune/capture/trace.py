@@ -41,7 +41,7 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
     _check_finite(model)
-    inputs = bind_inputs(model, example_inputs)
+    inputs = bind_inputs(model, _ordinary(example_inputs))
     with _unchanged(model), torch.random.fork_rng(devices=_devices(model)):
         named = list(_named(model))
         eager, meta = _record_eager(model, inputs, named)
@@ -82,6 +82,13 @@ def _unused(model: nn.Module, graph_module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _ordinary(example_inputs: Any) -> Any:
+    """Copies of tensors made in inference mode: operators on them are not taken apart."""
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t.clone() if t.is_inference() else t, example_inputs
+    )
+
+
 def _named(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     for name, p in module.named_parameters():
         yield "parameter", name, p
@@ -102,7 +109,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     Tracing calls the model's code, and code that updates a buffer does so for real.
     """
     modes = [(m, m.training) for m in model.modules()]
-    state = [(t, t._version, t.clone()) for t in model.buffers()]
+    state = [(t, t._version, t.clone()) for t in model.buffers() if not t.is_inference()]
     try:
         for m, _ in modes:
             m.training = False
@@ -188,14 +195,19 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _check_finite(model: nn.Module) -> None:
-    """One sum per tensor is enough to see NaN or infinity; only a suspect is looked at closely."""
-    for kind, name, tensor in _named(model):
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        if not bool(torch.isfinite(tensor.detach().sum())):
-            bad = int((~torch.isfinite(tensor.detach())).sum())
-            if bad:
-                raise NonFiniteError(
-                    f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or "
-                    "infinite; no ranking or check of such a model means anything"
-                )
+    """One sum per tensor is enough to see NaN or infinity; only suspects are looked at closely."""
+    tensors = [
+        (kind, name, t.detach())
+        for kind, name, t in _named(model)
+        if t.is_floating_point() and not t.is_meta
+    ]
+    sums = [t.sum().to("cpu", torch.float64) for _, _, t in tensors]
+    if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
+        return
+    for kind, name, tensor in tensors:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or "
+                "infinite; no ranking or check of such a model means anything"
+            )

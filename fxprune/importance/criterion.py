@@ -45,9 +45,12 @@ def magnitudes(
         if axis.role in roles and isinstance(deps.tensors[axis.name], torch.nn.Parameter):
             chosen[axis.name].append(axis)
     for name, axes in chosen.items():
-        sizes = _powers(deps.tensors[name], max(a.axis for a in axes), power, name)
+        sizes = _powers(deps.tensors[name], max(a.axis for a in axes), power)
         for axis in axes:
             values = _per_position(sizes, axis)
+            if not np.isfinite(values).all():
+                shape = list(deps.tensors[name].shape)
+                raise NonFiniteError(f"{name} {shape} holds NaN or infinite weights: no ranking")
             share = values.size / deps.tensors[name].numel() if mean else 1.0
             _fold(total, axis, values * share)
         if not mean:
@@ -55,18 +58,13 @@ def magnitudes(
     return total
 
 
-def _powers(weight: torch.Tensor, last_axis: int, power: int, name: str) -> torch.Tensor:
+def _powers(weight: torch.Tensor, last_axis: int, power: int) -> torch.Tensor:
     """``|w| ** power``, summed over the axes behind the last one that anybody asks for."""
     weight = weight.detach()
     weight = weight if weight.dtype.itemsize >= 4 else weight.float()
     sizes = weight.abs() if power == 1 else weight.square()
     if sizes.ndim > last_axis + 1:
         sizes = sizes.flatten(last_axis + 1).sum(-1)
-    sizes = sizes.double()
-    if not bool(torch.isfinite(sizes.sum())):
-        raise NonFiniteError(
-            f"{name} {list(weight.shape)} holds NaN or infinite weights; channels cannot be ranked"
-        )
     return sizes
 
 
@@ -76,7 +74,7 @@ def _per_position(sizes: torch.Tensor, axis: ParameterAxis) -> FloatArray:
     else:
         others = [k for k in range(sizes.ndim) if k != axis.axis]
         values = sizes.sum(others) if others else sizes
-    return np.asarray(values.cpu().numpy())
+    return np.asarray(values.double().cpu().numpy())
 
 
 def _fold(total: FloatArray, axis: ParameterAxis, values: FloatArray) -> None:
@@ -100,4 +98,4 @@ def _count_crossings_once(
     at = np.nonzero(same & _prunable(first, len(total))[:, None])
     others = [k for k in range(sizes.ndim) if k not in (first.axis, second.axis)]
     cells = sizes.sum(others) if others else sizes
-    np.subtract.at(total, first.channels[at[0]], cells.cpu().numpy()[at])
+    np.subtract.at(total, first.channels[at[0]], cells.double().cpu().numpy()[at])
