@@ -181,7 +181,7 @@ def row(name: str, model: nn.Module, data: Digits, macs: int, parameters: int) -
 
 def save_and_load(result: fp.PruneResult, folder: Path, images: Tensor) -> None:
     """Write the slim model, read it back, and check that both give the same outputs."""
-    fp.save(result, folder)
+    fp.save(result, folder, overwrite=True)
     loaded = fp.load(folder).eval()
     with torch.inference_mode():
         same = torch.equal(loaded(images), result.model(images))
