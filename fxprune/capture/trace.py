@@ -16,6 +16,7 @@ from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
 
 FRONTENDS = ("auto", "symbolic")
+Named = tuple[str, str, torch.Tensor]  # kind, qualified name, tensor
 
 
 @torch.inference_mode(mode=False)
@@ -40,14 +41,15 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
-    _check_finite(model)
+    named = list(_named(model))
+    _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
     with _unchanged(model), torch.random.fork_rng(devices=_devices(model)):
-        named = list(_named(model))
         eager, meta = _record_eager(model, inputs, named)
         graph_module = symbolic_graph(model, inputs)
         graph_module.eval()
-        graph = _record(graph_module, inputs, list(_named(graph_module)), meta=meta)
+        held = list(_named(graph_module))
+        graph = _record(graph_module, inputs, held, meta=meta)
         if not same_computation(eager, graph):
             _check_writes(model, eager, graph)
             _compare_outputs(model, graph_module, inputs)
@@ -59,14 +61,14 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
         values=graph.values,
         results=graph.results,
         frontend="symbolic",
-        unused=_unused(model, graph_module),
+        unused=_unused(model, named, held),
     )
 
 
-def _unused(model: nn.Module, graph_module: fx.GraphModule) -> tuple[str, ...]:
+def _unused(model: nn.Module, named: list[Named], of_graph: list[Named]) -> tuple[str, ...]:
     """Outermost modules none of whose tensors the graph holds, and single tensors it lacks."""
-    held = {id(t) for _, _, t in _named(graph_module)}
-    missing = [(name, t) for _, name, t in _named(model) if id(t) not in held]
+    held = {id(t) for _, _, t in of_graph}
+    missing = [name for _, name, t in named if id(t) not in held]
     if not missing:
         return ()
     idle = {
@@ -75,7 +77,7 @@ def _unused(model: nn.Module, graph_module: fx.GraphModule) -> tuple[str, ...]:
         if name and not any(id(t) in held for _, _, t in _named(m))
     }
     found: dict[str, None] = {}
-    for name, _ in missing:
+    for name in missing:
         parts = name.split(".")
         prefixes = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
         found[next((p for p in prefixes if p in idle), name)] = None
@@ -89,7 +91,7 @@ def _ordinary(example_inputs: Any) -> Any:
     )
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _named(module: nn.Module) -> Iterator[Named]:
     for name, p in module.named_parameters():
         yield "parameter", name, p
     for name, b in module.named_buffers():
@@ -140,7 +142,7 @@ def _copy_modes(model: nn.Module, graph_module: fx.GraphModule) -> None:
 
 
 def _record_eager(
-    model: nn.Module, inputs: BoundInputs, named: list[tuple[str, str, torch.Tensor]]
+    model: nn.Module, inputs: BoundInputs, named: list[Named]
 ) -> tuple[Recording, bool]:
     """Record the eager model, on meta tensors if it runs on them; says which."""
     try:
@@ -159,7 +161,7 @@ def _record_eager(
 def _record(
     graph_module: fx.GraphModule,
     inputs: BoundInputs,
-    named: list[tuple[str, str, torch.Tensor]],
+    named: list[Named],
     *,
     meta: bool,
 ) -> Recording:
@@ -194,11 +196,11 @@ def _equal(a: Any, b: Any) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_finite(named: list[Named]) -> None:
     """One sum per tensor is enough to see NaN or infinity; only suspects are looked at closely."""
     tensors = [
         (kind, name, t.detach())
-        for kind, name, t in _named(model)
+        for kind, name, t in named
         if t.is_floating_point() and not t.is_meta
     ]
     sums = [t.sum().to("cpu", torch.float64) for _, _, t in tensors]

@@ -3,8 +3,8 @@
 These types hold facts only; nothing here runs a model.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,7 +90,8 @@ class TracedModel:
         """Positional example inputs, one per placeholder of ``graph_module``."""
         return self.args
 
-    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters, then buffers, of the graph; each tensor once, under its first name."""
-        yield from self.graph_module.named_parameters()
-        yield from self.graph_module.named_buffers()
+        named = (*self.graph_module.named_parameters(), *self.graph_module.named_buffers())
+        return dict(named)

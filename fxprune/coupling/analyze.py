@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
 
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
@@ -33,7 +34,7 @@ def analyze(traced: TracedModel) -> DependencyGraph:
 def _analyze(traced: TracedModel) -> DependencyGraph:
     ledger = label(traced)
     solution = solve(ledger)
-    names = {name: k for k, (name, _) in enumerate(traced.named_tensors())}
+    names = {name: k for k, name in enumerate(traced.tensors)}
     axes = tuple(
         ParameterAxis(name, axis, found.role, found.blocks, solution.class_of[found.labels])
         for (name, axis), found in sorted(
@@ -86,7 +87,9 @@ def _params(
 ) -> CostModel:
     found = _shared(channel_of, (axis.labels for axis in ledger.parameters.values()))
     terms = []
-    for name, parameter in traced.graph_module.named_parameters():
+    for name, parameter in traced.tensors.items():
+        if not isinstance(parameter, torch.nn.Parameter):
+            continue
         scale, factors = 1.0, []
         for k, size in enumerate(parameter.shape):
             axis = ledger.parameters.get((name, k))

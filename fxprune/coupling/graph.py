@@ -130,10 +130,10 @@ class DependencyGraph:
             found[group.channels] = k
         return found
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the model by name."""
-        return dict(self.traced.named_tensors())
+        return self.traced.tensors
 
     @cached_property
     def fingerprint(self) -> str:

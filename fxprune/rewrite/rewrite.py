@@ -44,7 +44,7 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
         *original.named_parameters(remove_duplicate=False),
         *original.named_buffers(remove_duplicate=False),
     ]
-    first_names = {id(t): name for name, t in traced.named_tensors()}
+    first_names = {id(t): name for name, t in traced.tensors.items()}
     tensors = slim_tensors(((first_names[id(t)], t) for _, t in named), plan.axes)
     root = slim_tree(original, tensors, _module_groups(deps, shapes))
     graph = _GraphRewriter(deps, shapes, root).run()
@@ -183,7 +183,7 @@ class _GraphRewriter:
         return new
 
     def _device(self) -> torch.device:
-        return next((t.device for _, t in self.traced.named_tensors()), torch.device("cpu"))
+        return next((t.device for t in self.traced.tensors.values()), torch.device("cpu"))
 
     def _restore_data_arguments(self, old: fx.Node, new: fx.Node) -> None:
         """A number read off a narrower axis that is data, not a size, keeps its old value."""
