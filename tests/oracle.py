@@ -63,8 +63,13 @@ def assert_same_function(
 
 def macs(model: nn.Module, inputs: Any) -> int:
     """Count the multiply-adds that PyTorch itself sees when ``model`` runs."""
-    with FlopCounterMode(display=False) as counter:
-        call(model, inputs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot look into the fused kernel
+    try:
+        with FlopCounterMode(display=False) as counter:
+            call(model, inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2
 
@@ -108,13 +113,17 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 
 def masked_original(
-    model: nn.Module, plan: fp.PruningPlan, readers: Mapping[str, int] | None = None, seed: int = 7
+    model: nn.Module,
+    plan: fp.PruningPlan,
+    readers: Mapping[str, int] | None = None,
+    silent: tuple[str, ...] = (),
+    seed: int = 7,
 ) -> nn.Module:
     """Return a copy of ``model`` with the channels that ``plan`` removes switched off.
 
     Columns (the summed-away axis of convolutions and linear layers, plus ``readers`` for raw
-    parameters) are set to zero at removed positions, every other axis to noise. What is left must
-    compute what the slim model computes, whatever the noise is.
+    parameters) are set to zero at removed positions, every other axis to noise (to zero in the
+    layers ``silent``). What is left must compute what the slim model computes, whatever the noise.
     """
     masked = copy.deepcopy(model)
     tensors = dict(masked.named_parameters(remove_duplicate=False))
@@ -125,7 +134,8 @@ def masked_original(
         for axis in plan.axes:
             if (axis.name, axis.axis) not in columns:
                 noise = torch.rand(tensors[axis.name].shape, generator=generator) + 0.5
-                _overwrite(tensors[axis.name], axis, noise)
+                loud = axis.name.rpartition(".")[0] not in silent
+                _overwrite(tensors[axis.name], axis, noise * loud)
         for axis in plan.axes:
             if (axis.name, axis.axis) in columns:
                 _overwrite(tensors[axis.name], axis, torch.zeros(tensors[axis.name].shape))

@@ -60,7 +60,7 @@ def assert_exact_at_half_of_every_group(
 ) -> None:
     """A ranking may spare whole groups; a random half of every group spares none."""
     plan = fp.plan(result.deps, fp.Random(seed=0)(result.deps), ratios=0.5)
-    assert all(len(g.kept) < g.width for g in plan.groups)
+    assert all(len(g.kept) < g.width or g.width == 1 for g in plan.groups)
     slim = fp.rewrite(result.traced, plan)
     assert plan.reached["macs"] == macs(slim, x)
     assert plan.reached["params"] == sum(p.numel() for p in slim.parameters())

@@ -47,6 +47,8 @@ class Case:
         fixed: layers whose outputs must keep their full width (network outputs, refused ones).
         either: layers that an engine may prune or may keep.
         readers: for a raw parameter that a functional contraction reads, its summed-away axis.
+        silent: layers whose removed rows the oracle sets to zero instead of noise, because a
+            product of two activations, which has no columns, reads them.
         resizes: the network itself takes other image sizes.
         exact: removing equals switching off; false where a statistic over channels changes.
     """
@@ -57,6 +59,7 @@ class Case:
     fixed: tuple[str, ...] = ("head",)
     either: tuple[str, ...] = ()
     readers: Mapping[str, int] = field(default_factory=dict)
+    silent: tuple[str, ...] = ()
     resizes: bool = True
     exact: bool = True
 

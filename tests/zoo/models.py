@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.zoo import chains, joins, movement, refused, structure
+from tests.zoo import blocks, chains, joins, movement, refused, structure, traps
 from tests.zoo.case import Case, Inputs
 from tests.zoo.randomize import randomize
 
@@ -19,7 +19,15 @@ def _merged(*tables: dict[str, Case]) -> dict[str, Case]:
 
 
 REFUSED = refused.CASES
-ZOO = _merged(chains.CASES, joins.CASES, movement.CASES, structure.CASES, REFUSED)
+ZOO = _merged(
+    chains.CASES,
+    joins.CASES,
+    movement.CASES,
+    structure.CASES,
+    blocks.CASES,
+    traps.CASES,
+    REFUSED,
+)
 EXACT = {name: case for name, case in ZOO.items() if case.exact}
 
 
