@@ -242,5 +242,4 @@ RULES: dict[str, Rule] = {
     "aten::mv": ein(self="nk", vec="k", out="n"),
     "aten::addmv": ein(self="n", mat="nk", vec="k", out="n"),
     "aten::dot": ein(self="k", tensor="k", out=""),
-    "aten::linear": ein(input="nk", weight="mk", out="nm"),
 }
