@@ -5,10 +5,10 @@
     python examples/efficientnet_lite.py
 
 The model is pruned in one shot to 90, 75 and 50 % of its MACs with CPMC (its three criteria added,
-then in the form of a ratio), L1 and random scores. There is no fine-tuning and no recalibration: the
-table shows the bare quality of each choice of channels. Closeness is measured between the logits of
-the original and of the pruned model, on crops of the photographs that scikit-learn and, if it is
-installed, scikit-image ship.
+then in the form of a ratio), L1 and random scores. There is no fine-tuning and no recalibration:
+the table shows the bare quality of each choice of channels. Closeness is measured between the
+logits of the original and of the pruned model, on crops of the photographs that scikit-learn and,
+if it is installed, scikit-image ship.
 """
 
 import argparse
