@@ -15,13 +15,16 @@ from sybil.parsers.markdown import CodeBlockParser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+INDEX = DOCS / "index.md"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 EXECUTED = {"python", "bash"}
 SHOWN = {"diff", "json", "text", "toml"}
 SHELL_SYNTAX = set("|&;<>$*`")
 FENCE_INFO = re.compile(r"^[ >]*(?:```+|~~~+)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
-CODE = re.compile(r"^( *)(```+|~~~+).*?^\1\2|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+CODE_BLOCK = re.compile(r"^( *)(```+|~~~+).*?^\1\2", re.MULTILINE | re.DOTALL)
+CODE_SPAN = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -76,10 +79,29 @@ def run_page(page):
 
 
 def links(page):
-    """The files that the relative links of a page point to."""
-    targets = LINK.findall(CODE.sub("", page.read_text()))
-    paths = [target.partition("#")[0] for target in targets if "://" not in target]
-    return [(page.parent / path).resolve() for path in paths if path]
+    """What the relative links of a page point to: pairs of a file and an anchor (or "")."""
+    text = CODE_BLOCK.sub("", page.read_text())
+    targets = [target.partition("#") for target in LINK.findall(CODE_SPAN.sub("", text))]
+    return [
+        ((page.parent / path).resolve() if path else page, anchor)
+        for path, _, anchor in targets
+        if "://" not in path
+    ]
+
+
+def anchors(page):
+    """The anchors that the headings of a page get."""
+    headings = HEADING.findall(CODE_BLOCK.sub("", page.read_text()))
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {word.replace(" ", "-") for word in words}
+
+
+def broken_links(page):
+    return [
+        f"{file}#{anchor}"
+        for file, anchor in links(page)
+        if not file.exists() or (anchor and anchor not in anchors(file))
+    ]
 
 
 @each_page
@@ -94,13 +116,13 @@ def test_every_fence_of_the_page_is_in_a_language_that_is_executed_or_only_shown
 
 
 @each_page
-def test_every_relative_link_of_the_page_leads_to_a_file(page):
-    assert [str(path) for path in links(page) if not path.exists()] == []
+def test_every_relative_link_of_the_page_leads_to_a_file_and_a_heading_of_it(page):
+    assert broken_links(page) == []
 
 
 def test_every_page_of_the_docs_is_linked_from_the_index():
     pages = {page for page in PAGES if DOCS in page.parents}
-    assert pages - {DOCS / "index.md"} <= set(links(DOCS / "index.md"))
+    assert pages - {INDEX} <= {file for file, _ in links(INDEX)}
 
 
 def test_blocks_of_a_page_share_one_namespace_in_order(tmp_path):
@@ -134,7 +156,10 @@ def test_a_command_that_needs_a_shell_is_refused():
         run_fxprune("fxprune --help | head")
 
 
-def test_a_link_to_a_missing_file_is_seen(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("[a](gone.md#part) [b](https://example.org) `[c](code.md)`\n")
-    assert links(page) == [tmp_path.resolve() / "gone.md"]
+def test_links_to_missing_files_and_headings_are_seen(tmp_path):
+    page = tmp_path.resolve() / "page.md"
+    page.write_text(
+        "# A `B`, c\n[a](gone.md#part) [b](https://example.org#x)\n"
+        "`[c](code.md)` [d](#a-b-c) [e](#a)\n"
+    )
+    assert broken_links(page) == [f"{tmp_path.resolve() / 'gone.md'}#part", f"{page}#a"]
