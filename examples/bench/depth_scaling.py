@@ -5,9 +5,9 @@
 A network of depth d can hold more than d pieces of work: in a dense block of n layers, layer k
 reads the k maps before it, so the concatenated channels grow with n squared, whoever reads the
 graph. The script therefore counts two measures of work for every model by running it, executed ATen
-operations and total width of all concatenation results, and fits ``time ~ measure ** exponent`` for
-each. The ResNets are the control: there every layer costs the same, so time over depth itself is
-telling.
+operations and total width of all concatenation results, fits ``time ~ measure ** exponent`` for
+each, and time as a sum of both. The ResNets are the control: there every layer costs the same, so
+time over depth itself is telling.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +38,7 @@ RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24
 
 
 class Point(NamedTuple):
-    """One model: its depth, its work, and the median seconds it took."""
+    """One model: its depth, its work, and the median CPU seconds it took."""
 
     depth: int
     operations: int
@@ -97,17 +98,12 @@ def whole_job(model: nn.Module, x: Tensor) -> None:
     fp.prune(model, x, flops=0.5, verify=False)
 
 
-def median_seconds(
-    job: Callable[[nn.Module, Tensor], None], model: nn.Module, x: Tensor, n: int
-) -> float:
-    """Median of ``n`` runs after one warm-up."""
-    times = []
-    for _ in range(n + 1):
-        gc.collect()
-        start = time.perf_counter()
-        job(model, x)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def cpu_seconds(job: Callable[[nn.Module, Tensor], None], model: nn.Module, x: Tensor) -> float:
+    """Processor time of one run on one thread, which other programs on the machine do not bend."""
+    gc.collect()
+    start = time.process_time()
+    job(model, x)
+    return time.process_time() - start
 
 
 def measure(
@@ -116,15 +112,19 @@ def measure(
     repeats: int,
     label: str,
 ) -> list[Point]:
-    """One point per depth."""
+    """One point per depth; the models take turns, so a slow minute does not fall on one of them."""
+    x = torch.randn(1, 3, 224, 224)
+    models = {depth: build(blocks) for depth, blocks in family.items()}
+    times = {(depth, job): [] for depth in family for job in (analyse, whole_job)}
+    for _ in tqdm(range(repeats + 1), desc=label, unit="round"):
+        for (depth, job), seconds in times.items():
+            seconds.append(cpu_seconds(job, models[depth], x))
+    median = {key: statistics.median(seconds[1:]) for key, seconds in times.items()}  # 1st: warm-up
     points = []
-    for depth, blocks in tqdm(family.items(), desc=label, unit="model"):
-        torch.manual_seed(0)
-        model, x = build(blocks), torch.randn(1, 3, 224, 224)
+    for depth, model in models.items():
         work = count_work(model, x)
-        analysis = median_seconds(analyse, model, x, repeats)
-        whole = median_seconds(whole_job, model, x, repeats)
-        points.append(Point(depth, work.operations, work.concat_width, analysis, whole))
+        seconds = (median[depth, analyse], median[depth, whole_job])
+        points.append(Point(depth, work.operations, work.concat_width, *seconds))
     return points
 
 
@@ -134,6 +134,13 @@ def fit_power(measure: list[float], seconds: list[float]) -> tuple[float, float]
     exponent, offset = np.polyfit(x, y, 1)
     residual = y - (exponent * x + offset)
     return float(exponent), float(1 - residual.var() / y.var())
+
+
+def fit_work(points: list[Point], seconds: list[float]) -> tuple[float, float, float]:
+    """Seconds per operation and per concatenated channel (neither below 0), and R2 of that sum."""
+    work = np.array([(point.operations, point.concat_width) for point in points], dtype=float)
+    costs, distance = nnls(work, np.array(seconds))
+    return float(costs[0]), float(costs[1]), float(1 - distance**2 / np.var(seconds) / len(seconds))
 
 
 def print_family(name: str, points: list[Point], measures: tuple[str, ...]) -> None:
@@ -159,18 +166,20 @@ def print_family(name: str, points: list[Point], measures: tuple[str, ...]) -> N
             label = f"{job} ~ {measure} ^ {exponent:.2f}".replace("_", " ")
             growth = f"measure x{values[-1] / values[0]:.2f}, time x{seconds[-1] / seconds[0]:.2f}"
             print(f"  {label:36s} R2 {r2:.3f}   ({growth})")
+        per_op, per_channel, r2 = fit_work(points, seconds)
+        total = f"{job} = {per_op * 1e3:.2f} ms x ops + {per_channel * 1e6:.2f} us x concat width"
+        print(f"  {total.replace('_', ' ')}, R2 {r2:.3f}")
 
 
 def main() -> None:
     """Measure both families and print the fits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=7, help="timed runs per model (default 7)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     dense = measure(densenet, DENSENETS, options.repeats, "DenseNet")
     residual = measure(resnet, RESNETS, options.repeats, "ResNet")
-    print(f"\nMedians of {options.repeats} runs, {options.threads} thread(s), input 1x3x224x224.")
+    print(f"\nCPU seconds, median of {options.repeats} runs on one thread, input 1x3x224x224.")
     print_family("DenseNet", dense, ("depth", "operations", "concat_width"))
     print_family("ResNet", residual, ("depth", "operations"))
     print(
