@@ -8,6 +8,7 @@ import torch
 
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
+from fxprune.coupling.blocks import block_sets
 from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis, Slot
 from fxprune.coupling.labeling import label
 from fxprune.coupling.solve import Solution, solve
@@ -42,6 +43,7 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
         )
     )
     channel_of = np.where(solution.class_of < solution.n_channels, solution.class_of, -1)
+    equal_counts = _equal_counts(ledger, channel_of)
     groups = _groups(ledger, solution, axes)
     return DependencyGraph(
         traced=traced,
@@ -52,7 +54,8 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
         axes=axes,
         macs=_macs(ledger, channel_of, solution.n_channels),
         params=_params(traced, ledger, channel_of, solution.n_channels),
-        equal_counts=_equal_counts(ledger, channel_of),
+        equal_counts=equal_counts,
+        blocks=tuple(block_sets(equal_counts, np.ones(solution.n_channels, dtype=bool))[0]),
         channel_of=channel_of,
         ledger=ledger,
     )

@@ -10,6 +10,7 @@ import torch
 
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel
+from fxprune.coupling.blocks import BlockSet
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger, Role
@@ -106,6 +107,7 @@ class DependencyGraph:
         params: number of parameters as a function of the kept channels.
         equal_counts: per constraint, rows of channels (-1: not prunable); every row must lose
             equally many.
+        blocks: the same constraints, as sets of channels that may go together.
         channel_of: channel of every label (see ``ledger``), -1 where it is not prunable.
         ledger: labels of every value, gathers and reads, for the rewriter and the verifier.
     """
@@ -119,6 +121,7 @@ class DependencyGraph:
     macs: CostModel
     params: CostModel
     equal_counts: tuple[IntArray, ...]
+    blocks: tuple[BlockSet, ...]
     channel_of: IntArray
     ledger: Ledger
 

@@ -7,14 +7,15 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from fxprune.coupling.blocks import BoolArray, block_sets
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger
 
 UNEVEN = (
     "uneven-blocks",
-    "a channel lies in several groups of a grouped operator, but not equally often in each",
-    "every group reads channels of its own",
+    "all groups of a grouped operator must lose equally many channels, and some group cannot",
+    "no group holds frozen channels only, and no channel lies in several groups unequally often",
 )
 
 
@@ -45,11 +46,16 @@ def solve(ledger: Ledger) -> Solution:
         has_slot[component[axis.labels]] = True
     frozen = np.zeros(n, dtype=bool)
     why: dict[int, dict[Refusal, None]] = defaultdict(dict)
-    for labels, refusal in [*ledger.frozen, *_uneven(ledger, component)]:
-        classes = np.unique(component[labels])
-        frozen[classes] = True
-        for c in classes[has_slot[classes]].tolist():
-            why[c][refusal] = None
+
+    def freeze(reasons: list[tuple[IntArray, Refusal]]) -> None:
+        for labels, refusal in reasons:
+            classes = np.unique(component[labels])
+            frozen[classes] = True
+            for c in classes[has_slot[classes]].tolist():
+                why[c][refusal] = None
+
+    freeze(ledger.frozen)
+    freeze(_uneven(ledger, component, frozen | ~has_slot))
     first = np.full(n, ledger.n_labels, dtype=np.int64)
     np.minimum.at(first, component, np.arange(ledger.n_labels))
     order = np.argsort(first, kind="stable")
@@ -75,17 +81,15 @@ def _components(ledger: Ledger) -> IntArray:
     return result
 
 
-def _uneven(ledger: Ledger, component: IntArray) -> list[tuple[IntArray, Refusal]]:
+def _uneven(
+    ledger: Ledger, component: IntArray, frozen: BoolArray
+) -> list[tuple[IntArray, Refusal]]:
     """Freeze classes that no choice of other channels could balance over the blocks."""
+    _, stuck = block_sets([component[b.labels] for b in ledger.blocks], ~frozen)
     found = []
     for block in ledger.blocks:
-        members, local = np.unique(component[block.labels], return_inverse=True)
-        local = local.reshape(block.labels.shape)
-        counts = np.stack([np.bincount(row, minlength=len(members)) for row in local])
-        even = (counts == counts[:1]).all(axis=0)
-        single = (counts > 0).sum(axis=0) == 1
-        bad = ~even & ~(single & (counts.max(axis=0) == 1))
-        labels = block.labels[bad[local]]
-        if labels.size:
-            found.append((labels, Refusal(UNEVEN[0], block.node, block.op, *UNEVEN[1:])))
+        bad = np.isin(component[block.labels], list(stuck))
+        if bad.any():
+            refusal = Refusal(UNEVEN[0], block.node, block.op, *UNEVEN[1:])
+            found.append((block.labels[bad], refusal))
     return found

@@ -6,6 +6,7 @@ consumer side. A letter that the output has is the producer side.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,82 +28,75 @@ def ein(**axes: str) -> Rule:
     >>> mm = ein(self="nk", mat2="km", out="nm")
     """
     out = axes.pop("out")
+    summed = {c for letters in axes.values() for c in letters if c not in out}
 
     def rule(call: Call) -> tuple[Labels, ...]:
-        operands = {name: call[name] for name in axes}
-        sizes = {
-            letter: operand.shape[k - len(axes[name]) + len(operand.shape)]
-            for name, operand in operands.items()
-            for k, letter in enumerate(axes[name])
-            if k - len(axes[name]) + len(operand.shape) >= 0
-            and operand.shape[k - len(axes[name]) + len(operand.shape)] > 1
-        }
-        letters = {c: _unify(call, operands, axes, c, out) for c in sizes}
-        summed = {c for name in axes for c in axes[name] if c not in out}
-        _read_by_activations(call, operands, axes, letters, summed)
-        tracked = {c: labels for c, labels in letters.items() if labels is not None}
+        places = [
+            _Place(call[name], name, letter, at, _role(letters, letter, out))
+            for name, letters in axes.items()
+            for at, letter in enumerate(letters, len(call[name].shape) - len(letters))
+            if at >= 0 and call[name].shape[at] > 1
+        ]
+        sizes = {p.letter: p.operand.shape[p.axis] for p in places}
+        met = {c: _meet(call, [p for p in places if p.letter == c]) for c in sizes}
+        tracked = {c: labels for c, labels in met.items() if labels is not None}
+        _note_reads(call, [p for p in places if p.letter in summed], tracked)
         scale = math.prod(size for c, size in sizes.items() if c not in tracked)
-        call.ledger.contractions.append(
-            Contraction(call.index, scale, tuple(tracked[c] for c in sorted(tracked)))
-        )
-        shape = call.shapes[0]
-        return (
-            tuple(
-                Factor((k,), tracked[c]) for k, c in enumerate(out) if c in tracked and shape[k] > 1
-            ),
-        )
+        factors = tuple(tracked[c] for c in sorted(tracked))
+        call.ledger.contractions.append(Contraction(call.index, scale, factors))
+        return (tuple(Factor((k,), tracked[c]) for k, c in enumerate(out) if c in tracked),)
 
     return rule
 
 
-def _unify(
-    call: Call, operands: dict[str, Operand], axes: dict[str, str], letter: str, out: str
-) -> IntArray | None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """One letter on one operand. Operands with fewer axes (a bias) are aligned at the end."""
+
+    operand: Operand
+    name: str
+    letter: str
+    axis: int
+    role: Role
+
+
+def _role(letters: str, letter: str, out: str) -> Role:
+    """What an axis of a weight is; an operand with no summed axis is added, not multiplied."""
+    if all(c in out for c in letters):
+        return Role.AFFINE
+    return Role.PRODUCER if letter in out else Role.CONSUMER
+
+
+def _meet(call: Call, places: list[_Place]) -> IntArray | None:
     """Equate all axes with one letter, set roles, and return the labels (None: untracked)."""
-    places = []
-    for name, operand in operands.items():
-        k = axes[name].find(letter)
-        at = k - len(axes[name]) + len(operand.shape)
-        if k >= 0 and at >= 0 and operand.shape[at] > 1:
-            contracted = any(c not in out for c in axes[name])
-            side = Role.PRODUCER if letter in out else Role.CONSUMER
-            places.append((operand, at, side if contracted else Role.AFFINE))
-    places.sort(key=lambda p: not p[0].knows(p[1]))  # what is known first, new weights adopt it
-    weights = [p for p in places if p[0].weight]
-    others = [p for p in places if not p[0].weight]
-    tracked = [labels for o, a, _ in others if (labels := o.axes().get(a)) is not None]
-    own = [w.own(at, role) for w, at, role in weights[:1]] if not tracked else []
-    labels = next((x for x in [*tracked, *own] if x is not None), None)
+    places = sorted(places, key=lambda p: not p.operand.knows(p.axis))  # new weights adopt
+    weights = [p for p in places if p.operand.weight]
+    others = [p for p in places if not p.operand.weight]
+    tracked = [x for p in others if (x := p.operand.axes().get(p.axis)) is not None]
+    if not tracked and not weights:
+        return None
+    labels = tracked[0] if tracked else weights[0].operand.own(weights[0].axis, weights[0].role)
     if labels is None:
         return None
     for other in tracked:
         call.ledger.equate(labels, other)
-    for weight, at, role in weights:
-        weight.adopt(at, labels, role)
+    for weight in weights:
+        weight.operand.adopt(weight.axis, labels, weight.role)
     if len(tracked) < len(others):
         call.freeze(labels, *NETWORK_INPUT)
     return labels
 
 
-def _read_by_activations(
-    call: Call,
-    operands: dict[str, Operand],
-    axes: dict[str, str],
-    letters: dict[str, IntArray | None],
-    summed: set[str],
-) -> None:
+def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) -> None:
     """A product of two activations reads channels without any weight column to zero."""
-    if any(operand.weight for name, operand in operands.items() if set(axes[name]) & summed):
+    if any(p.operand.weight for p in places):
         return
-    for name, operand in operands.items():
-        for letter in sorted(set(axes[name]) & summed):
-            labels = letters.get(letter)
-            if labels is not None:
-                at = axes[name].index(letter) - len(axes[name]) + len(operand.shape)
-                call.ledger.reads.append(
-                    ChannelRead(call.index, call.node, name, at, labels, exact=True)
-                )
-                break
+    for p in {p.letter: p for p in reversed(places)}.values():
+        if p.letter in tracked:
+            labels = tracked[p.letter]
+            call.ledger.reads.append(
+                ChannelRead(call.index, call.node, p.name, p.axis, labels, exact=True)
+            )
 
 
 def convolution(call: Call) -> tuple[Labels, ...]:
@@ -145,16 +139,14 @@ def _dense(call: Call, labels_in: IntArray | None, weight: Operand, *, transpose
 def _whole_groups(call: Call, labels_in: IntArray | None, weight: Operand) -> Sides:
     """Depthwise, with any multiplier: a group goes with its input and all of its outputs."""
     groups, rows = call["groups"], weight.shape[0]
-    depthwise = rows == groups and weight.shape[1] == 1
-    if labels_in is None or depthwise:
-        own = weight.own(0, Role.DEPTHWISE) if labels_in is None else labels_in
-        if own is None:
-            return None, None
-        if labels_in is None:
-            call.freeze(own, *NETWORK_INPUT)
+    if labels_in is None:
+        own = weight.own(0, Role.DEPTHWISE)
+        assert own is not None  # rows >= groups > 1
+        call.freeze(own, *NETWORK_INPUT)
     else:
-        own = np.repeat(labels_in.reshape(groups, -1)[:, 0], rows // groups)
-        call.ledger.equate(labels_in.reshape(groups, -1), own.reshape(groups, -1)[:, :1])
+        blocks = labels_in.reshape(groups, -1)
+        call.ledger.equate(blocks, blocks[:, :1])
+        own = labels_in if rows == blocks.size else np.repeat(blocks[:, 0], rows // groups)
     weight.adopt(0, own, Role.DEPTHWISE)
     if weight.shape[1] > 1 and weight.parameter:
         call.freeze(
@@ -177,25 +169,24 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
     """A grouped convolution keeps its groups; each loses as many channels as the others."""
     groups, transposed = call["groups"], call["transposed"]
     per_group = weight.shape[1]
-    role0, role1 = Role.PRODUCER, Role.CONSUMER
+    roles = Role.PRODUCER, Role.CONSUMER
     if transposed:
-        role0, role1 = role1, role0
-    whole = transposed or labels_in is None
-    if transposed and labels_in is not None:
-        weight.adopt(0, labels_in, role0)
-    rows = weight.own(0, role0)
+        roles = Role.CONSUMER, Role.PRODUCER
+        if labels_in is not None:
+            weight.adopt(0, labels_in, roles[0])
+    rows = weight.own(0, roles[0])
+    known = None if transposed else labels_in
     if weight.parameter and call.ledger.grouped.get(weight.parameter) == groups:
-        columns = None if whole else labels_in
-        columns = call.ledger.fresh(groups * per_group) if columns is None else columns
-        call.ledger.adopt(weight.parameter, 1, columns, role1, call.node, blocks=groups)
+        columns = call.ledger.fresh(groups * per_group) if known is None else known
+        call.ledger.adopt(weight.parameter, 1, columns, roles[1], call.node, blocks=groups)
         columns = call.ledger.parameters[weight.parameter, 1].labels
     else:  # the weight is computed or used elsewhere too: all groups lose the same columns
-        own = weight.own(1, role1)
+        own = weight.own(1, roles[1])
         if own is None:
             return None, None
         columns = np.tile(own, groups)
-        if not whole and labels_in is not None:
-            call.ledger.equate(columns, labels_in)
+        if known is not None:
+            call.ledger.equate(columns, known)
     assert rows is not None
     sides = (rows, columns) if transposed else (columns, rows)
     if labels_in is None:
@@ -219,8 +210,8 @@ def _add_cost(
     scale = float(batch * sites * kernel)
     if call.index in call.ledger.group_counts:
         pairs = weight.shape[0] * weight.shape[1] // groups  # per group
-        factors = (call.ledger.group_counts[call.index],)
-        call.ledger.contractions.append(Contraction(call.index, scale * pairs, factors))
+        lead = (call.ledger.group_counts[call.index],)
+        call.ledger.contractions.append(Contraction(call.index, scale * pairs, lead))
         return
     n_in = weight.shape[0] if call["transposed"] else weight.shape[1] * groups
     n_out = weight.shape[1] * groups if call["transposed"] else weight.shape[0]
@@ -228,8 +219,8 @@ def _add_cost(
         scale *= n_in
     if labels_out is None:
         scale *= n_out
-    factors_ = tuple(f for f in (labels_in, labels_out) if f is not None)
-    call.ledger.contractions.append(Contraction(call.index, scale / groups, factors_))
+    both = tuple(f for f in (labels_in, labels_out) if f is not None)
+    call.ledger.contractions.append(Contraction(call.index, scale / groups, both))
 
 
 RULES: dict[str, Rule] = {

@@ -5,9 +5,8 @@ holds the weakest remaining channel of every block. With ``round_to``, units of 
 so that every prefix of them leaves a multiple.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +49,7 @@ def make_units(
     """Bundle channels into units and sort them, weakest first."""
     bundles = _bundles(deps, scores, removable)
     single = removable.copy()
-    for rows in deps.equal_counts:
-        single[rows[rows >= 0]] = False
+    single[[c for block in deps.blocks for cell in block.cells for c in cell]] = False
     alone = np.nonzero(single)[0]
     if round_to > 1:
         units = _rounded(deps, scores, [*([c] for c in alone.tolist()), *bundles], round_to)
@@ -85,62 +83,16 @@ def _ranked(
 def _bundles(deps: DependencyGraph, scores: FloatArray, removable: BoolArray) -> list[Members]:
     """The k-th weakest channels of all blocks that must lose equally many, together."""
     bundles = []
-    for cells in _cells(deps.equal_counts):
-        ranked = [_weakest_first([c for c in cell if removable[c]], scores) for cell in cells]
-        if len({len(cell) for cell in cells}) == 1:
-            step, count = [1] * len(ranked), min(len(cell) for cell in ranked)
-        else:
-            divisor = math.gcd(*(len(cell) for cell in cells))
-            step = [len(cell) // divisor for cell in cells]
-            count = min(len(r) // s for r, s in zip(ranked, step, strict=True))
+    for block in deps.blocks:
+        ranked = [
+            sorted((c for c in cell if removable[c]), key=lambda c: (scores[c], c))
+            for cell in block.cells
+        ]
+        count = min(len(r) // step for r, step in zip(ranked, block.steps, strict=True))
         for k in range(count):
-            parts = (r[k * s : (k + 1) * s] for r, s in zip(ranked, step, strict=True))
-            bundles.append([c for part in parts for c in part])
+            parts = zip(ranked, block.steps, strict=True)
+            bundles.append([c for r, step in parts for c in r[k * step : (k + 1) * step]])
     return bundles
-
-
-def _weakest_first(channels: Members, scores: FloatArray) -> Members:
-    return sorted(channels, key=lambda c: (scores[c], c))
-
-
-def _cells(constraints: Iterable[IntArray]) -> list[list[Members]]:
-    """Split channels by the rows that they lie in, one list of cells per connected set of rows.
-
-    Removing from all cells of a set in proportion to their sizes keeps every constraint. Channels
-    that lie in all rows of a constraint alike are free of it.
-    """
-    where: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for k, rows in enumerate(constraints):
-        homes: dict[int, set[int]] = defaultdict(set)
-        for r, row in enumerate(rows):
-            for c in row.tolist():
-                if c >= 0:
-                    homes[c].add(r)
-        for c, found in homes.items():
-            if len(found) == 1:
-                where[c].append((k, found.pop()))
-    cells: dict[tuple[tuple[int, int], ...], Members] = defaultdict(list)
-    for c in sorted(where):
-        cells[tuple(where[c])].append(c)
-    return _connected(cells)
-
-
-def _connected(cells: dict[tuple[tuple[int, int], ...], Members]) -> list[list[Members]]:
-    """Cells that share a constraint, transitively, belong to one set."""
-    root: dict[int, int] = {}
-
-    def find(k: int) -> int:
-        while root.setdefault(k, k) != k:
-            k = root[k]
-        return k
-
-    for signature in cells:
-        for k, _ in signature[1:]:
-            root[find(k)] = find(signature[0][0])
-    sets: dict[int, list[Members]] = defaultdict(list)
-    for signature, members in cells.items():
-        sets[find(signature[0][0])].append(members)
-    return list(sets.values())
 
 
 def _rounded(

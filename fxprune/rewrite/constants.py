@@ -43,8 +43,13 @@ class Site:
     @property
     def input(self) -> int:
         """Id of the first argument's tensor."""
-        ref: Ref = self.old[0]
+        ref: Ref = self.old[0] if self.old else self.old_kwargs[self.input_name]
         return ref.id
+
+    @property
+    def input_name(self) -> str:
+        """Keyword of the first argument, where the call spells it."""
+        return next(n for n in ("input", "tensor") if n in self.old_kwargs)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the original run, wherever it was written."""
@@ -140,8 +145,9 @@ def _edit_chunk(site: Site) -> None:
         cut = [len(part) for part in chunk(torch.empty(total), count)]
         if cut == sizes:
             return
+    x = site.node.args[0] if site.old else site.node.kwargs[site.input_name]
     site.node.op, site.node.target = "call_function", torch.split
-    site.node.args, site.node.kwargs = (site.node.args[0], sizes, dim), {}
+    site.node.args, site.node.kwargs = (x, sizes, dim), {}
 
 
 def _edit_index(site: Site) -> None:

@@ -1,0 +1,122 @@
+"""Equal counts: groups of a convolution must all lose equally many channels.
+
+Constraints that share channels belong together. Their rows cut the channels into cells; taking the
+same share of every cell keeps all of them.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fxprune.ops.labels import IntArray
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSet:
+    """Channels that connected constraints bind.
+
+    Removing ``steps[k]`` channels of ``cells[k]``, for all k at once, keeps every constraint.
+    """
+
+    cells: tuple[tuple[int, ...], ...]
+    steps: tuple[int, ...]
+
+
+def block_sets(
+    constraints: Sequence[IntArray], movable: BoolArray
+) -> tuple[list[BlockSet], set[int]]:
+    """Sets of bound classes, and the classes that no removal can balance.
+
+    Args:
+        constraints: rows of classes (-1: no class); every row must lose equally many positions.
+        movable: [n_classes], classes that nothing else freezes.
+
+    Returns:
+        The sets, over movable classes only, and movable classes that have to stay after all: they
+        lie unevenly in several rows, or face a row in which nothing can move.
+    """
+    stuck: set[int] = set()
+    while True:
+        free = movable.copy()
+        free[list(stuck)] = False
+        sets, more = _attempt(constraints, free)
+        if not more:
+            return sets, stuck
+        stuck |= more
+
+
+def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[BlockSet], set[int]]:
+    homes: dict[int, dict[int, int]] = defaultdict(dict)  # class -> constraint -> row
+    stuck: set[int] = set()
+    for k, rows in enumerate(constraints):
+        for c, counts in _counts(rows, free).items():
+            at = np.nonzero(counts)[0]
+            if len(at) == 1 and counts[at[0]] == 1:
+                homes[c][k] = int(at[0])
+            elif not (counts == counts[0]).all():
+                stuck.add(c)
+    if stuck:
+        return [], stuck
+    sets = []
+    for members in _connected(homes):
+        found = _cut(constraints, homes, members)
+        if found is None:
+            stuck |= set(members)
+        else:
+            sets.append(found)
+    return sets, stuck
+
+
+def _counts(rows: IntArray, free: BoolArray) -> dict[int, IntArray]:
+    """How often every free class lies in each row."""
+    members, local = np.unique(rows, return_inverse=True)
+    local = local.reshape(rows.shape)
+    table = np.stack([np.bincount(row, minlength=len(members)) for row in local])
+    return {int(c): table[:, j] for j, c in enumerate(members) if c >= 0 and free[c]}
+
+
+def _connected(homes: dict[int, dict[int, int]]) -> list[list[int]]:
+    """Bound classes, split in sets that share no constraint."""
+    root: dict[int, int] = {}
+
+    def find(k: int) -> int:
+        while root.setdefault(k, k) != k:
+            k = root[k]
+        return k
+
+    for rows in homes.values():
+        first, *others = rows
+        for k in others:
+            root[find(k)] = find(first)
+    sets: dict[int, list[int]] = defaultdict(list)
+    for c in sorted(homes):
+        sets[find(next(iter(homes[c])))].append(c)
+    return list(sets.values())
+
+
+def _cut(
+    constraints: Sequence[IntArray], homes: dict[int, dict[int, int]], members: list[int]
+) -> BlockSet | None:
+    """Cells of one set and how many to take of each at a time; None if no step balances."""
+    cells: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+    in_row: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for c in members:
+        cells[tuple(sorted(homes[c].items()))].append(c)
+        for k, row in homes[c].items():
+            in_row[k][row] += 1
+    if any(len(rows) < len(constraints[k]) for k, rows in in_row.items()):
+        return None  # a row without a movable channel
+    cut = tuple(tuple(cell) for cell in cells.values())
+    if all(len(key) == len(in_row) for key in cells) and all(
+        len(rows) == len(cells) for rows in in_row.values()
+    ):
+        return BlockSet(cut, (1,) * len(cut))  # every constraint cuts alike
+    if any(len(set(rows.values())) > 1 for rows in in_row.values()):
+        return None
+    divisor = int(np.gcd.reduce([len(cell) for cell in cut]))
+    return BlockSet(cut, tuple(len(cell) // divisor for cell in cut))
