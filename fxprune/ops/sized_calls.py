@@ -72,6 +72,13 @@ SIZED: dict[Any, Kind] = {
     nn.ZeroPad2d: Kind.PAD,
 }
 
+# Sized calls with a number among their arguments that is data: its position and keyword.
+DATA_ARGUMENT: dict[Any, tuple[int, str]] = {
+    torch.full: (1, "fill_value"),
+    "new_full": (2, "fill_value"),
+    F.pad: (3, "value"),
+}
+
 # Calls that take every size from their inputs (or from the shapes of their parameters).
 ADAPTIVE: frozenset[Any] = frozenset(
     {

@@ -11,7 +11,7 @@ from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.ops.ledger import Gather
-from fxprune.ops.sized_calls import SIZED, Kind, target_of
+from fxprune.ops.sized_calls import DATA_ARGUMENT, SIZED, Kind, target_of
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 from fxprune.rewrite.constants import EDITORS, Site, slim_padding
@@ -105,11 +105,15 @@ class _GraphRewriter:
             gather = self.deps.ledger.gathers.get(result.id)
             if gather is not None and self.shapes.changed(gather.source):
                 return self._replace_by_gather(new, gather, result.id)
-        kind = SIZED.get(target_of(self.traced.graph_module, old))
-        if _refs(result):
-            self._restore_data_arguments(old, new)
+        target = target_of(self.traced.graph_module, old)
+        kind = SIZED.get(target)
         if kind is not None and self._touches_pruned(old, result):
             self._edit_sizes(old, new, kind, result)
+            at, name = DATA_ARGUMENT.get(target, (len(new.args), ""))
+            data = [k == at for k in range(len(new.args))], {name}
+            self._restore_data(old, new, *data)
+        elif _refs(result):
+            self._restore_data(old, new, [True] * len(new.args), set(new.kwargs))
         if old.op == "call_function" and old.name in self.call_groups:
             _set_call_groups(new, self.call_groups[old.name])
         return new
@@ -126,15 +130,6 @@ class _GraphRewriter:
         """Arguments as they evaluate in the slim model."""
         return fx.map_arg(tree, lambda n: self.slim_results[n.name])
 
-    def _restored(self, tree: Any) -> Any:
-        """Like ``_in_slim``, after ``_restore_data_arguments``."""
-
-        def value(node: fx.Node) -> Any:
-            source = self.traced.results if self._differs(node) else self.slim_results
-            return source[node.name]
-
-        return fx.map_arg(tree, value)
-
     def _differs(self, node: fx.Node) -> bool:
         """Whether a node gives a number, and another one in the slim model."""
         before = self.traced.results[node.name]
@@ -148,8 +143,8 @@ class _GraphRewriter:
         if new.op == "call_module":
             self._edit_module(new, kind, values, result)
         elif kind is not Kind.INDEX or isinstance(values[0], Ref):
-            kwargs = self._in_original(old.kwargs), self._restored(old.kwargs)
-            site = Site(new, values, self._restored(old.args), *kwargs, result, self.shapes)
+            kwargs = self._in_original(old.kwargs), self._in_slim(old.kwargs)
+            site = Site(new, values, self._in_slim(old.args), *kwargs, result, self.shapes)
             EDITORS[kind](site)
 
     def _dies(self, ref: Ref) -> bool:
@@ -175,6 +170,8 @@ class _GraphRewriter:
         kept = self.shapes.axis(result, gather.axis)
         index = torch.from_numpy(rank[gather.index][kept])
         name = f"_index_{new.name}"
+        while hasattr(self.root, name):  # an index of an earlier pruning
+            name += "_"
         self.root.register_buffer(name, index.to(self._device()), persistent=False)
         with self.graph.inserting_before(new):
             attribute = self.graph.get_attr(name)
@@ -185,14 +182,22 @@ class _GraphRewriter:
     def _device(self) -> torch.device:
         return next((t.device for t in self.traced.tensors.values()), torch.device("cpu"))
 
-    def _restore_data_arguments(self, old: fx.Node, new: fx.Node) -> None:
+    def _restore_data(
+        self, old: fx.Node, new: fx.Node, positions: list[bool], keywords: set[str]
+    ) -> None:
         """A number read off a narrower axis that is data, not a size, keeps its old value."""
 
         def literal(node: fx.Node) -> Any:
             return self.traced.results[node.name] if self._differs(node) else self.nodes[node]
 
-        new.args = fx.map_arg(old.args, literal)
-        new.kwargs = fx.map_arg(old.kwargs, literal)
+        new.args = tuple(
+            fx.map_arg(old.args[k], literal) if restore else new.args[k]
+            for k, restore in enumerate(positions)
+        )
+        new.kwargs = {
+            name: fx.map_arg(old.kwargs[name], literal) if name in keywords else value
+            for name, value in new.kwargs.items()
+        }
 
     def _slim_result(self, old: fx.Node, result: Any) -> Any:
         """What a node gives in the slim model: shapes for tensors, evaluated numbers."""
