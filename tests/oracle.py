@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune as fp
@@ -64,9 +65,9 @@ def assert_same_function(
 def macs(model: nn.Module, inputs: Any) -> int:
     """Count the multiply-adds that PyTorch itself sees when ``model`` runs."""
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot look into the fused kernel
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot look into fused kernels
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             call(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -186,17 +187,17 @@ def cells_of(
 
 
 def overwritten(model: nn.Module, cells: list[Cell], value: float) -> nn.Module:
-    """Return a copy of ``model`` with ``value`` in every one of ``cells``."""
+    """Return a copy of ``model`` with ``value``, times one to two, in every one of ``cells``."""
     changed = copy.deepcopy(model)
     tensors = dict(changed.named_parameters(remove_duplicate=False))
     tensors |= dict(changed.named_buffers(remove_duplicate=False))
     with torch.no_grad():
-        for name, axis, blocks, position in cells:
-            tensor = tensors[name]
+        for number, (name, axis, blocks, position) in enumerate(cells):
+            tensor, here = tensors[name], value * (1 + number % 7 / 6)
             if blocks > 1:
                 block, inside = divmod(position, tensor.shape[1])
                 rows = tensor.shape[0] // blocks
-                tensor[block * rows : (block + 1) * rows, inside] = value
+                tensor[block * rows : (block + 1) * rows, inside] = here
             else:
-                tensor.select(axis, position).fill_(value)
+                tensor.select(axis, position).fill_(here)
     return changed

@@ -50,6 +50,7 @@ class Case:
         silent: layers whose removed rows the oracle sets to zero instead of noise, because a
             product of two activations, which has no columns, reads them.
         resizes: the network itself takes other image sizes.
+        rebatches: the slim network takes other batch sizes.
         exact: removing equals switching off; false where a statistic over channels changes.
     """
 
@@ -61,6 +62,7 @@ class Case:
     readers: Mapping[str, int] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     resizes: bool = True
+    rebatches: bool = True
     exact: bool = True
 
     def inputs(
@@ -72,9 +74,10 @@ class Case:
 
     def other_inputs(self, *, seed: int = 1) -> Inputs:
         """Return inputs of another batch size and, where the network allows, image size."""
+        batch = 3 if self.rebatches else 2
         if not self.resizes:
-            return self.inputs(seed=seed, batch=3)
-        return self.inputs(seed=seed, batch=3, height=OTHER_HEIGHT, width=OTHER_WIDTH)
+            return self.inputs(seed=seed, batch=batch)
+        return self.inputs(seed=seed, batch=batch, height=OTHER_HEIGHT, width=OTHER_WIDTH)
 
 
 class Head(nn.Module):

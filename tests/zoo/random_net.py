@@ -25,7 +25,7 @@ class Step:
 class RandomNet(nn.Module):
     """Draws ``n_steps`` operations; a linear head reads the spatial mean of every loose end."""
 
-    def __init__(self, seed: int, n_steps: int = 12) -> None:
+    def __init__(self, seed: int, n_steps: int = 12, *, wild: bool = False) -> None:
         super().__init__()
         self.draw = random.Random(seed)
         self.widths = [3]
@@ -34,7 +34,9 @@ class RandomNet(nn.Module):
         for _ in range(n_steps):
             known = range(1, len(self.widths))
             recent = [i for i in known if i >= len(self.widths) - 4]
-            self.draw.choice(OPERATIONS)(self, [self.draw.choice(recent), self.draw.choice(known)])
+            self.draw.choice(WILD if wild else OPERATIONS)(
+                self, [self.draw.choice(recent), self.draw.choice(known)]
+            )
         used = {i for step in self.steps for i in step.reads}
         self.ends = [i for i in range(len(self.widths)) if i not in used]
         self.head = nn.Linear(sum(self.widths[i] for i in self.ends), 4)
@@ -175,6 +177,142 @@ class RandomNet(nn.Module):
             lambda net, x: F.pixel_shuffle(getattr(net, name)(F.pixel_unshuffle(x, 2)), 2),
         )
 
+    def add_slice(self, reads: list[int]) -> None:
+        """A slice with any start, stop and step."""
+        width = self.widths[reads[0]]
+        start, step = self.draw.randrange(width // 2), self.draw.choice([1, 1, 2, 3])
+        stop = self.draw.randrange(start + 2, width + 1) if width > start + 2 else width
+        n = len(range(start, stop, step))
+        if n >= 2:
+            self.push("slice", reads[:1], n, lambda _, x: x[:, start:stop:step])
+
+    def add_index(self, reads: list[int]) -> None:
+        """Any positions in any order, some of them twice."""
+        width = self.widths[reads[0]]
+        order = [self.draw.randrange(width) for _ in range(self.draw.randrange(2, width + 3))]
+        self.register_buffer(f"order{len(self.steps)}", torch.tensor(order))
+        name = f"order{len(self.steps)}"
+        self.push(
+            "index",
+            reads[:1],
+            len(order),
+            lambda net, x: torch.index_select(x, 1, getattr(net, name)),
+        )
+
+    def add_heads(self, reads: list[int]) -> None:
+        """Something per head of channels, between two views."""
+        width = self.widths[reads[0]]
+        heads = self.draw.choice([g for g in (1, 2, 3, 4) if width % g == 0])
+        way = self.draw.randrange(4)
+
+        def per_head(_: nn.Module, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            y = x.view(n, heads, c // heads, h, w)
+            if way == 0:
+                y = y - y.mean(2, keepdim=True)
+            elif way == 1:
+                y = torch.softmax(y, dim=1) * y
+            elif way == 2:
+                y = y.flip(1)
+            else:
+                y = y * y.mean((3, 4), keepdim=True)
+            return y.reshape(n, c, h, w)
+
+        self.push("heads", reads[:1], width, per_head)
+
+    def add_reduced_heads(self, reads: list[int]) -> None:
+        """The largest or the mean of neighbouring channels."""
+        width = self.widths[reads[0]]
+        if width % 2 or width < 6:
+            return
+        axis, by_mean = self.draw.choice([1, 2]), self.draw.random() < 0.5
+
+        def reduce(_: nn.Module, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            shape = (n, 2, c // 2, h, w) if axis == 1 else (n, c // 2, 2, h, w)
+            y = x.reshape(shape)
+            return y.mean(axis) if by_mean else y.amax(axis)
+
+        self.push("reduced heads", reads[:1], width // 2, reduce)
+
+    def add_pixel_linear(self, reads: list[int]) -> None:
+        i, o = self.widths[reads[0]], self.draw.choice([5, 6, 8])
+        name = self.layer(nn.Linear(i, o))
+
+        def run(net: nn.Module, x: Tensor) -> Tensor:
+            n, _, h, w = x.shape
+            y = getattr(net, name)(x.flatten(2).transpose(1, 2))
+            return y.permute(0, 2, 1).reshape(n, o, h, w)
+
+        self.push("pixel linear", reads[:1], o, run)
+
+    def add_again(self, reads: list[int]) -> None:
+        """Call an earlier layer once more on a value of the right width."""
+        width = self.widths[reads[0]]
+        convs = [
+            (name, m)
+            for name, m in self.named_children()
+            if isinstance(m, nn.Conv2d) and m.in_channels == width and m.groups == 1
+        ]
+        if convs:
+            name, conv = self.draw.choice(convs)
+            self.push("again", reads[:1], conv.out_channels, lambda net, x: getattr(net, name)(x))
+
+    def add_in_place(self, reads: list[int]) -> None:
+        """Write into a slice of a copy."""
+        width = self.widths[reads[0]]
+        start = self.draw.randrange(width - 1)
+        stop = self.draw.randrange(start + 1, width)
+
+        def write(_: nn.Module, x: Tensor) -> Tensor:
+            y = x * 1.0
+            y[:, start:stop].mul_(-1.5).add_(0.5)
+            return y
+
+        self.push("in place", reads[:1], width, write)
+
+    def add_thirds(self, reads: list[int]) -> None:
+        """``chunk`` in three, whose last part may be narrower, put together in another order."""
+        width = self.widths[reads[0]]
+        if width < 7:
+            return
+
+        def turn(_: nn.Module, x: Tensor) -> Tensor:
+            a, b, c = x.chunk(3, 1)
+            return torch.cat([c, torch.relu(a), b], 1)
+
+        self.push("thirds", reads[:1], width, turn)
+
+    def add_interleave(self, reads: list[int]) -> None:
+        width = self.widths[reads[0]]
+        if width > 16:
+            return
+        name = self.layer(nn.Conv2d(width, width, 1))
+        self.push(
+            "interleave",
+            reads[:1],
+            2 * width,
+            lambda net, x: torch.stack([x, getattr(net, name)(x)], 2).flatten(1, 2),
+        )
+
+    def add_repeat(self, reads: list[int]) -> None:
+        width = self.widths[reads[0]]
+        if width > 12:
+            return
+        each = self.draw.random() < 0.5
+        self.push(
+            "repeat",
+            reads[:1],
+            2 * width,
+            lambda _, x: x.repeat_interleave(2, 1) if each else x.repeat(1, 2, 1, 1),
+        )
+
+    def add_extremes(self, reads: list[int]) -> None:
+        """The larger of two values of equal width."""
+        a, b = (self.widths[i] for i in reads)
+        if a == b:
+            self.push("extremes", reads, a, lambda _, x, y: torch.maximum(x, -y))
+
 
 OPERATIONS: list[Callable[[RandomNet, list[int]], None]] = [
     RandomNet.add_conv,
@@ -195,4 +333,19 @@ OPERATIONS: list[Callable[[RandomNet, list[int]], None]] = [
     RandomNet.add_pad,
     RandomNet.add_stack,
     RandomNet.add_depth_to_space,
+]
+
+WILD = [
+    *OPERATIONS,
+    RandomNet.add_slice,
+    RandomNet.add_index,
+    RandomNet.add_heads,
+    RandomNet.add_reduced_heads,
+    RandomNet.add_pixel_linear,
+    RandomNet.add_again,
+    RandomNet.add_in_place,
+    RandomNet.add_thirds,
+    RandomNet.add_interleave,
+    RandomNet.add_repeat,
+    RandomNet.add_extremes,
 ]
