@@ -127,6 +127,41 @@ def test_a_model_that_is_no_module() -> None:
     raised(errors.ArgumentError, lambda: fp.prune(torch.relu, torch.ones(2), flops=0.5))
 
 
+NOTHING_TO_PRUNE: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "empty": nn.Sequential,
+    "one layer": lambda: nn.Conv2d(3, 4, 1),
+    "activation": nn.ReLU,
+}
+
+
+@pytest.mark.parametrize("what", NOTHING_TO_PRUNE)
+@pytest.mark.parametrize("options", [{"flops": 0.5}, {"params": 0.5}, {"ratios": 0.5}])
+def test_a_model_without_prunable_channels(what: str, options: dict[str, Any]) -> None:
+    """Either there is nothing to do, or the error speaks of the model, not of the options."""
+    x = torch.randn(1, 3, 8, 8)
+    model = NOTHING_TO_PRUNE[what]()
+    try:
+        result = fp.prune(model, x, **options)
+    except errors.BudgetError as error:
+        assert "lowest reachable" in str(error) or "no prunable" in str(error)
+    else:
+        torch.testing.assert_close(result.model(x), model(x))
+
+
+def test_a_lazy_module_that_never_ran() -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 4, 1))
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(errors.FxpruneError, match="0.weight"):
+        fp.prune(model, x, flops=0.5)
+
+
+def test_weights_without_data() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).to("meta")
+    with pytest.raises(errors.FxpruneError, match="meta"):
+        fp.prune(model, torch.randn(1, 3, 8, 8, device="meta"), flops=0.5)
+
+
 def test_an_unknown_frontend() -> None:
     model, inputs = residual()
     assert "telepathy" in raised(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ def kept(plan: fp.PruningPlan) -> dict[str, tuple[int, int]]:
     return {g.name: (g.width, len(g.kept)) for g in plan.groups}
 
 
+ROOT = Path(__file__).resolve().parent.parent
 NETS = ["inception", "residual", "grouped_conv", "shuffle_unit", "unet", "uneven_split"]
 
 
@@ -142,6 +146,31 @@ def test_the_same_call_gives_byte_identical_plans(name: str) -> None:
         fp.prune(build(name), ZOO[name].inputs(), flops=0.6).plan.to_json() for _ in range(2)
     )
     assert first.encode() == second.encode()
+
+
+IN_ANOTHER_PROCESS = """
+import fxprune as fp
+from tests.zoo.models import ZOO, build
+for name in ("shuffle_unit", "inception", "grouped_residual", "many_outputs"):
+    result = fp.prune(build(name), ZOO[name].inputs(), flops=0.85)
+    print(result.plan.to_json(), result.report(), result.deps.report())
+"""
+
+
+def test_plans_and_reports_are_the_same_in_every_process() -> None:
+    """Nothing depends on the order of sets, which changes with the hash seed."""
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", IN_ANOTHER_PROCESS],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    )
+    assert len(first) > 1000
+    assert first == second
 
 
 def test_equal_scores_are_settled_the_same_way_every_time() -> None:
