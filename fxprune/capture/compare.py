@@ -19,7 +19,7 @@ from fxprune.capture.traced import Record, Ref, Value
 
 def same_computation(a: Recording, b: Recording) -> bool:
     """Whether two recordings certainly compute the same outputs. False means: not certain."""
-    first, second = _Versions(a.values), _Versions(b.values)
+    first, second = _Versions(a), _Versions(b)
     if len(a.records) != len(b.records):
         return False
     for x, y in zip(a.records, b.records, strict=True):
@@ -62,8 +62,9 @@ def _written(record: Record) -> Iterator[Ref]:
 class _Versions:
     """Numbers tensors by when their content came to be, in order of appearance."""
 
-    def __init__(self, values: tuple[Value, ...]) -> None:
-        self.values = values
+    def __init__(self, recording: Recording) -> None:
+        self.values = recording.values
+        self.origins = recording.origins
         self.unclear = False
         self.sources: list[Value] = []  # tensors that were there before anything ran
         self._version: dict[int, int] = {}
@@ -133,7 +134,9 @@ def _returned(record: Record) -> list[Any]:
 
 def _same_sources(a: _Versions, b: _Versions) -> bool:
     return len(a.sources) == len(b.sources) and all(
-        x.shape == y.shape and x.kind == y.kind and _same_data(x.data, y.data)
+        x.shape == y.shape
+        and a.origins.get(x.id) == b.origins.get(y.id)  # the very same parameter or input
+        and _same_data(x.data, y.data)
         for x, y in zip(a.sources, b.sources, strict=True)
     )
 

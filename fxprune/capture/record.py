@@ -92,6 +92,12 @@ class Recorder(TorchDispatchMode):
         self.records.append(Record(func, refs, kw_refs, outputs, self.node))
         return out
 
+    def recording(self, results: dict[str, Any], output: Any) -> "Recording":
+        """Everything recorded so far."""
+        refs = to_refs(output, self)
+        origins = {self._refs[key].id: key for key in self._known if key in self._refs}
+        return Recording(tuple(self.records), tuple(self.values), results, refs, origins)
+
     def _all_known(self, refs: Args, kw_refs: dict[str, Any]) -> bool:
         return all(self.values[r.id].data is not None for r in _refs_in([*refs, *kw_refs.values()]))
 
@@ -185,12 +191,21 @@ def _refs_in(args: Iterable[Any]) -> Iterable[Ref]:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What one recorded run gave: operators, values, what each node and the whole returned."""
+    """What one recorded run gave.
+
+    Attributes:
+        records: operators in order.
+        values: tensors, by the ids that Refs carry.
+        results: what each graph node returned (empty for a plain call).
+        output: what the whole returned, tensors replaced by Refs.
+        origins: value id -> ``id`` of the caller's own tensor, for parameters, buffers and inputs.
+    """
 
     records: tuple[Record, ...]
     values: tuple[Value, ...]
     results: dict[str, Any]
     output: Any
+    origins: dict[int, int]
 
 
 class _NodeRecorder(fx.Interpreter):
@@ -198,6 +213,7 @@ class _NodeRecorder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False  # errors name the node themselves
         self.recorder = recorder
         self.results: dict[str, Any] = {}
 
@@ -230,8 +246,7 @@ def record_graph(
     interpreter = _NodeRecorder(graph_module, recorder)
     with torch.no_grad(), recorder:
         output = interpreter.run(*args)
-    refs = to_refs(output, recorder)
-    return Recording(tuple(recorder.records), tuple(recorder.values), interpreter.results, refs)
+    return recorder.recording(interpreter.results, output)
 
 
 def record_call(
@@ -246,7 +261,7 @@ def record_call(
     recorder = Recorder(named, list(_leaves((args, kwargs))), meta=meta)
     with torch.no_grad(), recorder:
         output = function(*args, **kwargs)
-    return Recording(tuple(recorder.records), tuple(recorder.values), {}, to_refs(output, recorder))
+    return recorder.recording({}, output)
 
 
 def _leaves(tree: Any) -> Iterable[torch.Tensor]:

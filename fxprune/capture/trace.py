@@ -42,6 +42,7 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
     named = list(_named(model))
+    _check_initialised(named)
     _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
     with _unchanged(model), torch.random.fork_rng(devices=_devices(model)):
@@ -194,6 +195,15 @@ def _equal(a: Any, b: Any) -> bool:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return bool(a == b)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _check_initialised(named: list[Named]) -> None:
+    lazy = [name for _, name, t in named if torch.nn.parameter.is_lazy(t)]
+    if lazy:
+        raise ExampleInputError(
+            f"{', '.join(lazy[:3])} have no shape yet: run the model once on an example, so that "
+            "its lazy layers take their sizes"
+        )
 
 
 def _check_finite(named: list[Named]) -> None:

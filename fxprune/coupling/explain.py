@@ -34,7 +34,7 @@ def report(deps: DependencyGraph) -> str:
         idle = ", ".join(deps.traced.unused)
         lines += ["", f"never used in evaluation mode, so not part of the graph: {idle}"]
     if deps.refusals:
-        lines += ["", f"{len(deps.refusals)} refusals:"]
+        lines += ["", f"{len(deps.refusals)} refused:"]
         lines += [f"  {refusal}" for refusal in deps.refusals]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import torch
 
 from fxprune.errors import Refusal
 from fxprune.ops.labels import Factor, IntArray, Labels
-from fxprune.ops.ledger import Ledger, Role
+from fxprune.ops.ledger import Ledger, Role, SizedUse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,6 +113,11 @@ FIXED_AXIS = (
     "this axis is space, batch, kernel or vocabulary to the operator, not channels",
     "the operator treats it as a channel axis",
 )
+UNKNOWN_INDEX = (
+    "unknown-index",
+    "an index tensor whose content depends on the inputs, or several index tensors at once",
+    "the index is one constant or buffer",
+)
 JOINT = (
     "joint-reshape",
     "a reshape takes a channel axis apart and this operator uses only some of the parts",
@@ -161,6 +166,11 @@ class Call:
         """A Refusal at this operator."""
         shapes = ", ".join(str(list(o.shape)) for o in self.operands())
         return Refusal(code, self.node, self.op.replace("::", "."), f"{why} ({shapes})", need)
+
+    def sized(self, labels: Labels) -> None:
+        """Note that sizes among the arguments depend on these labels."""
+        for factor in labels:
+            self.ledger.sized.append(SizedUse(self.index, factor.labels))
 
     def settle(self, factor: Factor, keep: int | None = None) -> Factor:
         """Reduce a joint factor to one axis (see ``Ledger.settle``)."""

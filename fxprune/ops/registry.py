@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from fxprune.errors import RuleConflictError
-from fxprune.ops import contraction, movement, reduction, spatial
+from fxprune.ops import contraction, factory, join, movement, reduction, spatial
 from fxprune.ops.call import Call, base_name
 from fxprune.ops.labels import Labels
 from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise
@@ -32,6 +32,8 @@ def merged(*tables: Mapping[str, Rule]) -> Mapping[str, Rule]:
 RULES = merged(
     contraction.RULES,
     movement.RULES,
+    join.RULES,
+    factory.RULES,
     reduction.RULES,
     spatial.RULES,
     dict.fromkeys(PASS_THROUGH, pass_through),

@@ -99,7 +99,6 @@ ADAPTIVE: frozenset[Any] = frozenset(
         torch.matmul,
         "matmul",
         operator.matmul,
-        "zeros_like",
         torch.zeros_like,
         torch.ones_like,
         torch.broadcast_tensors,
@@ -117,6 +116,17 @@ ADAPTIVE: frozenset[Any] = frozenset(
     }
 )
 
+# Leaf modules with ``num_features``: the channels of their input, parameters or not.
+CHANNEL_NORMS: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
 # Leaf modules whose attributes repeat the shapes of their parameters, and which attributes:
 # (attribute, parameter, axis). ``groups`` of convolutions follows from the record.
 MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
@@ -128,14 +138,7 @@ MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
         (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
         (("in_channels", "weight", 0),),
     ),
-    **dict.fromkeys(
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-        (("num_features", "weight", 0), ("num_features", "running_mean", 0)),
-    ),
-    **dict.fromkeys(
-        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-        (("num_features", "weight", 0), ("num_features", "running_mean", 0)),
-    ),
+    **dict.fromkeys(CHANNEL_NORMS, ()),
 }
 
 

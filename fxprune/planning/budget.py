@@ -18,9 +18,10 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budget:
-    """An upper limit on one cost: ``share`` of what the whole model costs."""
+    """An upper limit on one cost: ``share`` of what the whole model costs, in ``unit``."""
 
     name: str
+    unit: str
     model: CostModel
     share: float
 

@@ -8,6 +8,7 @@ import torch
 
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.ops.labels import IntArray
 from fxprune.planning.budget import (
     BoolArray,
     Budget,
@@ -19,7 +20,7 @@ from fxprune.planning.budget import (
 )
 from fxprune.planning.plan import AxisPlan, GroupPlan, PruningPlan
 from fxprune.planning.search import alive_without, meet_budgets, within_limits
-from fxprune.planning.units import FloatArray, make_units
+from fxprune.planning.units import FloatArray, Units, make_units
 
 
 def plan(
@@ -59,8 +60,11 @@ def plan(
     values = _checked(deps, scores)
     check_guards(round_to, min_channels, max_ratio)
     budgets = [
-        Budget(name, model, parse_share(share, name))
-        for name, model, share in (("flops", deps.macs, flops), ("params", deps.params, params))
+        Budget(name, unit, model, parse_share(share, name))
+        for name, unit, model, share in (
+            ("flops", "MACs", deps.macs, flops),
+            ("params", "parameters", deps.params, params),
+        )
         if share is not None
     ]
     shares = group_shares(deps, ratios)
@@ -69,30 +73,63 @@ def plan(
     ignored = ignored_groups(deps, ignore)
     removable = np.array([k not in ignored for k in deps.group_of.tolist()], dtype=bool)
     units = make_units(deps, values, removable, round_to)
-    floor = max(min_channels, 1)
-    widths = np.array([g.width for g in deps.groups], dtype=np.int64)
-    most = np.minimum(widths - floor, np.floor(max_ratio * widths + 1e-9)).astype(np.int64)
-    limits = np.maximum(most, 0)
-    asked = limits.copy()
-    for k, share in shares.items():
-        asked[k] = min(limits[k], widths[k] - int(share * widths[k] + 1e-9))
-    fixed = np.isin(np.arange(len(widths)), list(shares))
+    limits = _limits(deps, min_channels, max_ratio)
     alive = np.ones(deps.n_channels, dtype=bool)
     if shares:
-        by_ratio = within_limits(deps, units, limits, np.where(fixed, asked, 0))
-        alive = alive_without(units, by_ratio, alive)
+        chosen = within_limits(deps, units, limits, _asked(deps, shares))
+        alive = alive_without(units, chosen, alive)
     if budgets:
-        allowed = within_limits(deps, units, limits, np.where(fixed, 0, limits))
-        alive = meet_budgets(deps, units, allowed, alive, budgets)
-    requested = {
-        **{b.name: b.share for b in budgets},
-        **({"ratios": {deps.groups[k].name: s for k, s in shares.items()}} if shares else {}),
-        "ignore": [ignore] if isinstance(ignore, str) else sorted(ignore),
-        "round_to": round_to,
-        "min_channels": min_channels,
-        "max_ratio": max_ratio,
-    }
-    return describe(deps, alive, requested, dict.fromkeys(ignored, "ignored"))
+        limits[list(shares)] = 0
+        alive = meet_budgets(
+            deps, units, within_limits(deps, units, limits, limits), alive, budgets
+        )
+    requested: dict[str, Any] = {b.name: b.share for b in budgets}
+    if shares:
+        requested["ratios"] = {deps.groups[k].name: s for k, s in shares.items()}
+    requested["ignore"] = [ignore] if isinstance(ignore, str) else sorted(ignore)
+    requested |= {"round_to": round_to, "min_channels": min_channels, "max_ratio": max_ratio}
+    return describe(deps, alive, requested, _notes(deps, units, alive, ignored, shares))
+
+
+def _limits(deps: DependencyGraph, min_channels: int, max_ratio: float) -> IntArray:
+    """How many channels every group may lose at most, [n_groups]."""
+    widths = np.array([g.width for g in deps.groups], dtype=np.int64)
+    share = np.floor(max_ratio * widths + 1e-9).astype(np.int64)
+    limits: IntArray = np.maximum(np.minimum(widths - min_channels, share), 0)
+    return limits
+
+
+def _kept(width: int, share: float) -> int:
+    """Channels of a group of this width that a share allows to keep."""
+    return int(share * width + 1e-9)
+
+
+def _asked(deps: DependencyGraph, shares: Mapping[int, float]) -> IntArray:
+    """How many channels the shares ask every group to lose, [n_groups]."""
+    asked = np.zeros(len(deps.groups), dtype=np.int64)
+    for k, share in shares.items():
+        asked[k] = deps.groups[k].width - _kept(deps.groups[k].width, share)
+    return asked
+
+
+def _notes(
+    deps: DependencyGraph,
+    units: Units,
+    alive: BoolArray,
+    ignored: set[int],
+    shares: Mapping[int, float],
+) -> dict[int, str]:
+    """Why a group kept more than was asked, per group index."""
+    notes = {}
+    for k, group in enumerate(deps.groups):
+        kept = int(alive[group.channels].sum())
+        if k in ignored:
+            notes[k] = "ignored"
+        elif (units.of_channel[group.channels] < 0).all():
+            notes[k] = "nothing may go alone: round_to, or groups that must lose equally many"
+        elif k in shares and kept > max(_kept(group.width, shares[k]), 1):
+            notes[k] = f"{shares[k]:.0%} asked; held by max_ratio, min_channels or round_to"
+    return notes
 
 
 def _checked(deps: DependencyGraph, scores: torch.Tensor) -> FloatArray:
@@ -148,7 +185,9 @@ def describe(
             "params_before": deps.params.total(),
         },
         groups=groups,
-        frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),
+        frozen=tuple(
+            (g.name, g.width, f"{g.reasons[0].code} at {g.reasons[0].node}") for g in deps.frozen
+        ),
         axes=tuple(axes),
         approximate=tuple(approximate),
     )

@@ -127,7 +127,7 @@ def _unreachable(
         least, whole = budget.model.total(lowest), budget.model.total()
         lines.append(
             f"{budget.name}={budget.share:g} asks for at most {budget.limit:,.0f} of {whole:,} "
-            f"{budget.name}, but {least:,} ({least / whole:.4f}) is the lowest reachable"
+            f"{budget.unit}, but {least:,} ({least / whole:.4f}) is the lowest reachable"
         )
     blockers = sorted(deps.frozen, key=lambda g: -g.width)[:3]
     held = ", ".join(f"{g.name} ({g.width} channels: {g.reasons[0].code})" for g in blockers)

@@ -11,7 +11,7 @@ from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.ops.ledger import Gather
-from fxprune.ops.sized_calls import DATA_ARGUMENT, SIZED, Kind, target_of
+from fxprune.ops.sized_calls import CHANNEL_NORMS, DATA_ARGUMENT, SIZED, Kind, target_of
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 from fxprune.rewrite.constants import EDITORS, Site, slim_padding
@@ -106,6 +106,8 @@ class _GraphRewriter:
             if gather is not None and self.shapes.changed(gather.source):
                 return self._replace_by_gather(new, gather, result.id)
         target = target_of(self.traced.graph_module, old)
+        if target in CHANNEL_NORMS:
+            self._set_num_features(old, new)
         kind = SIZED.get(target)
         if kind is not None and self._touches_pruned(old, result):
             self._edit_sizes(old, new, kind, result)
@@ -117,6 +119,13 @@ class _GraphRewriter:
         if old.op == "call_function" and old.name in self.call_groups:
             _set_call_groups(new, self.call_groups[old.name])
         return new
+
+    def _set_num_features(self, old: fx.Node, new: fx.Node) -> None:
+        (x,) = _refs(self._in_original((old.args, old.kwargs)))
+        module: Any = self.root.get_submodule(str(new.target))
+        shape = self.traced.values[x.id].shape
+        axis = 1 if shape[1] == module.num_features else 0  # instance norm without a batch
+        module.num_features = int(self.shapes.axis(x.id, axis).sum())
 
     def _touches_pruned(self, old: fx.Node, result: Any) -> bool:
         operands = _refs(self._in_original((old.args, old.kwargs)))

@@ -96,6 +96,7 @@ class _Comparison(fx.Interpreter):
         self, slim: fx.GraphModule, expected: dict[str, torch.Tensor], limit: float
     ) -> None:
         super().__init__(slim)
+        self.extra_traceback = False  # errors name the node themselves
         self.expected = expected
         self.limit = limit
         self.running: fx.Node | None = None

@@ -266,6 +266,7 @@ class _MaskedRun(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, guard: _MaskingGuard, observe: Observer) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # errors name the node themselves
         self.guard = guard
         self.observe = observe
 

@@ -1,0 +1,104 @@
+"""Operators that bring positions of their own: constants, copies, padding, tables."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from fxprune.ops.call import UNKNOWN_INDEX, Call, Operand
+from fxprune.ops.labels import Factor, Labels
+from fxprune.ops.ledger import Role
+
+Rule = Callable[[Call], tuple[Labels, ...]]
+
+
+def factory(call: Call) -> tuple[Labels, ...]:
+    """A constant tensor is the same everywhere, so any axis of it may shrink."""
+    if math.prod(call.shapes[0]) == 0:
+        return ((),)
+    factors = tuple(
+        Factor((axis,), call.ledger.fresh(size), copies=True)
+        for axis, size in enumerate(call.shapes[0])
+        if size > 1
+    )
+    call.sized(factors)
+    return (factors,)
+
+
+def expand(call: Call) -> tuple[Labels, ...]:
+    """Axes of size 1 become copies: each copy gets a label of its own, so all may shrink."""
+    x, shape = call["self"], call.shapes[0]
+    shift = len(shape) - len(x.shape)
+    known = {a + shift: labels for a, labels in x.axes().items()}
+    factors = []
+    for axis, size in enumerate(shape):
+        copies = size > 1 and (axis < shift or x.shape[axis - shift] == 1)
+        labels = call.ledger.fresh(size) if copies else known.get(axis)
+        if labels is not None:
+            factors.append(Factor((axis,), labels, copies=copies))
+    call.sized(tuple(factors))
+    return (tuple(factors),)
+
+
+def repeat(call: Call) -> tuple[Labels, ...]:
+    """``repeat``/``tile``: copies of a channel carry its label."""
+    x, repeats = call["self"], call.get("repeats") or call.get("dims")
+    shift = len(call.shapes[0]) - len(x.shape)
+    factors = []
+    for axis, labels in x.axes().items():
+        factors.append(Factor((axis + shift,), np.tile(labels, repeats[axis + shift])))
+    return (tuple(factors),)
+
+
+def repeat_interleave(call: Call) -> tuple[Labels, ...]:
+    """``repeat_interleave`` with a number: each position several times in a row."""
+    x, repeats, dim = call["self"], call.get("repeats"), call.get("dim")
+    if isinstance(repeats, Operand) or dim is None:
+        call.freeze_operands(*UNKNOWN_INDEX)
+        return ((),)
+    axis = dim % len(x.shape)
+    return (
+        tuple(
+            Factor((a,), np.repeat(labels, repeats) if a == axis else labels)
+            for a, labels in x.axes().items()
+        ),
+    )
+
+
+def constant_pad(call: Call) -> tuple[Labels, ...]:
+    """Padding inserts positions with fresh labels, negative padding removes positions."""
+    x, pad = call["self"], call["pad"]
+    factors = []
+    for axis, labels in x.axes().items():
+        from_end = len(x.shape) - 1 - axis
+        before, after = pad[2 * from_end : 2 * from_end + 2] or (0, 0)
+        if before or after:
+            kept = labels[max(-before, 0) : len(labels) - max(-after, 0)]
+            new = [call.ledger.fresh(max(before, 0)), kept, call.ledger.fresh(max(after, 0))]
+            labels = np.concatenate(new)
+            call.sized((Factor((axis,), labels),))
+            call.ledger.nonempty.append(kept)
+        factors.append(Factor((axis,), labels))
+    return (tuple(factors),)
+
+
+def embedding(call: Call) -> tuple[Labels, ...]:
+    """Rows of a table by number: the width is a channel axis, the vocabulary is not."""
+    weight = call["weight"]
+    weight.confined({1})
+    labels = weight.own(1, Role.PRODUCER)
+    if labels is None:
+        return ((),)
+    return ((Factor((len(call.shapes[0]) - 1,), labels),),)
+
+
+_FACTORIES = "zeros ones full empty new_zeros new_ones new_full new_empty"
+RULES: dict[str, Rule] = {
+    **{f"aten::{name}": factory for name in _FACTORIES.split()},
+    "aten::expand": expand,
+    "aten::repeat": repeat,
+    "aten::tile": repeat,
+    "aten::repeat_interleave": repeat_interleave,
+    "aten::constant_pad_nd": constant_pad,
+    "aten::embedding": embedding,
+}
