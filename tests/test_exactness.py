@@ -127,6 +127,7 @@ def assert_exact_at_ratio(model: nn.Module, seed: int) -> nn.Module:
 
 
 # Products of two activations have no columns, and what a slice overwrites is read by nobody.
+UNREAD = {"one_by_index", "one_by_stride"}  # some channels of these nets are made for nobody
 READ_BY_COLUMNS = [n for n, case in EXACT.items() if not case.silent and n != "fill_slice"]
 
 
@@ -137,7 +138,7 @@ def test_a_channel_acts_only_through_the_columns_that_its_group_lists(name: str)
     inputs = case.inputs(seed=6)
     for group in fp.analyze(fp.trace(model, inputs)).groups:
         rows, columns = cells_of(group, group.width // 2, model, case.readers)
-        assert columns, group.name
+        assert columns or name in UNREAD, group.name
         silent = overwritten(model, columns, 0.0)
         nudged = overwritten(overwritten(model, rows, 3.0), columns, 0.0)
         assert relative_error(call(nudged, inputs), call(silent, inputs)) == 0, group.name

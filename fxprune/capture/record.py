@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.capture.meta import MetaKernels
 from fxprune.capture.traced import Record, Ref, Value
 
 Args = tuple[Any, ...]
@@ -25,21 +26,20 @@ class Recorder(TorchDispatchMode):
     Args:
         named: tensors with a name: ``(kind, name, tensor)`` with kind ``parameter`` or ``buffer``.
         inputs: the example inputs' tensors.
-        meta: run on meta twins instead of real data.
+        kernels: run on meta twins with these; None: run on real data.
     """
 
     def __init__(
         self,
         named: Iterable[tuple[str, str, torch.Tensor]],
         inputs: Sequence[torch.Tensor],
-        *,
-        meta: bool,
+        kernels: MetaKernels | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.node = ""
         self.records: list[Record] = []
         self.values: list[Value] = []
-        self._meta = meta
+        self._kernels = kernels
         self._known = {id(t): (kind, name) for kind, name, t in named}
         self._known.update({id(t): ("input", "") for t in inputs})
         self._refs: dict[int, Ref] = {}
@@ -74,13 +74,11 @@ class Recorder(TorchDispatchMode):
         kw_refs = {k: _swap(a, self.ref) for k, a in kwargs.items()}
         operands = list(_tensors([*args, *kwargs.values()]))
         mutates = bool(func._schema.is_mutable)
-        symbolic = self._meta and self._needs_twins(operands, mutates=mutates)
-        if symbolic:
-            run = _META_SHORTCUTS.get(func, func)
-            out = run(
-                *(_swap(a, self._twin) for a in args),
-                **{k: _swap(a, self._twin) for k, a in kwargs.items()},
-            )
+        symbolic = self._kernels is not None and self._needs_twins(operands, mutates=mutates)
+        if symbolic and self._kernels is not None:
+            twins = tuple(_swap(a, self._twin) for a in args)
+            kw_twins = {k: _swap(a, self._twin) for k, a in kwargs.items()}
+            out = self._kernels.run(func, twins, kw_twins)
         else:
             out = func(*args, **kwargs)
         if mutates:
@@ -142,23 +140,6 @@ class Recorder(TorchDispatchMode):
         if len(func._schema.returns) == 1 and returns and written:
             return written[0]
         return out
-
-
-def _batch_norm_on_meta(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    """In evaluation mode: shapes as ``native_batch_norm`` gives them on the CPU."""
-    training = rest[4]
-    if training:
-        result: tuple[torch.Tensor, ...] = torch.ops.aten.native_batch_norm.default(x, *rest)
-        return result
-    nothing = torch.empty(0, device="meta")
-    return torch.empty_like(x), nothing, torch.empty_like(nothing)
-
-
-# PyTorch's meta kernel for batch norm is a Python decomposition into a dozen operators; a network
-# has as many batch norms as convolutions, so it took half of the whole analysis.
-_META_SHORTCUTS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.native_batch_norm.default: _batch_norm_on_meta
-}
 
 
 def _as_tuple(out: Any) -> tuple[Any, ...]:
@@ -238,11 +219,10 @@ def record_graph(
     graph_module: fx.GraphModule,
     args: Args,
     named: Iterable[tuple[str, str, torch.Tensor]],
-    *,
-    meta: bool,
+    kernels: MetaKernels | None,
 ) -> Recording:
     """Interpret a graph on its example inputs and record it node by node."""
-    recorder = Recorder(named, list(_leaves(args)), meta=meta)
+    recorder = Recorder(named, list(_leaves(args)), kernels)
     interpreter = _NodeRecorder(graph_module, recorder)
     with torch.no_grad(), recorder:
         output = interpreter.run(*args)
@@ -254,11 +234,10 @@ def record_call(
     args: Args,
     kwargs: dict[str, Any],
     named: Iterable[tuple[str, str, torch.Tensor]],
-    *,
-    meta: bool,
+    kernels: MetaKernels | None,
 ) -> Recording:
     """Call a function (an eager model) and record it."""
-    recorder = Recorder(named, list(_leaves((args, kwargs))), meta=meta)
+    recorder = Recorder(named, list(_leaves((args, kwargs))), kernels)
     with torch.no_grad(), recorder:
         output = function(*args, **kwargs)
     return recorder.recording({}, output)

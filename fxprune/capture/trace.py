@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxprune.capture.compare import same_computation, written_state
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
+from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.symbolic import symbolic_graph
 from fxprune.capture.traced import TracedModel
@@ -46,11 +47,11 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
     _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
     with _unchanged(model), torch.random.fork_rng(devices=_devices(model)):
-        eager, meta = _record_eager(model, inputs, named)
+        eager, kernels = _record_eager(model, inputs, named)
         graph_module = symbolic_graph(model, inputs)
         graph_module.eval()
         held = list(_named(graph_module))
-        graph = _record(graph_module, inputs, held, meta=meta)
+        graph = _record(graph_module, inputs, held, kernels)
         if not same_computation(eager, graph):
             _check_writes(model, eager, graph)
             _compare_outputs(model, graph_module, inputs)
@@ -144,13 +145,14 @@ def _copy_modes(model: nn.Module, graph_module: fx.GraphModule) -> None:
 
 def _record_eager(
     model: nn.Module, inputs: BoundInputs, named: list[Named]
-) -> tuple[Recording, bool]:
-    """Record the eager model, on meta tensors if it runs on them; says which."""
+) -> tuple[Recording, MetaKernels | None]:
+    """Record the eager model, on meta tensors if it runs on them; then with the kernels used."""
+    kernels = MetaKernels()
     try:
-        return record_call(model, inputs.args, inputs.kwargs, named, meta=True), True
+        return record_call(model, inputs.args, inputs.kwargs, named, kernels), kernels
     except Exception:  # not every model runs without data: the real run decides
         try:
-            return record_call(model, inputs.args, inputs.kwargs, named, meta=False), False
+            return record_call(model, inputs.args, inputs.kwargs, named, None), None
         except Exception as error:
             given = describe(inputs.kwargs or inputs.args)
             raise ExampleInputError(
@@ -163,11 +165,10 @@ def _record(
     graph_module: fx.GraphModule,
     inputs: BoundInputs,
     named: list[Named],
-    *,
-    meta: bool,
+    kernels: MetaKernels | None,
 ) -> Recording:
     try:
-        return record_graph(graph_module, inputs.placeholders, named, meta=meta)
+        return record_graph(graph_module, inputs.placeholders, named, kernels)
     except Exception as error:
         raise CaptureError(
             f"the captured graph does not run where the model does: {error}"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from fxprune.coupling.graph import DependencyGraph, ParameterAxis
-from fxprune.errors import NonFiniteError
+from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.ops.ledger import Role
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,6 +37,7 @@ def magnitudes(
         mean: average over each slice instead of summing it.
 
     Raises:
+        ArgumentError: a weight holds no data.
         NonFiniteError: a weight holds NaN or infinity.
     """
     total = np.zeros(deps.n_channels)
@@ -45,6 +46,8 @@ def magnitudes(
         if axis.role in roles and isinstance(deps.tensors[axis.name], torch.nn.Parameter):
             chosen[axis.name].append(axis)
     for name, axes in chosen.items():
+        if deps.tensors[name].is_meta:
+            raise ArgumentError(f"{name} is on the meta device and holds no weights to rank by")
         sizes = _powers(deps.tensors[name], max(a.axis for a in axes), power)
         for axis in axes:
             values = _per_position(sizes, axis)

@@ -170,7 +170,7 @@ class Call:
     def sized(self, labels: Labels) -> None:
         """Note that sizes among the arguments depend on these labels."""
         for factor in labels:
-            self.ledger.sized.append(SizedUse(self.index, factor.labels))
+            self.ledger.sized.append(SizedUse(self.index, factor.labels, factor.copies))
 
     def settle(self, factor: Factor, keep: int | None = None) -> Factor:
         """Reduce a joint factor to one axis (see ``Ledger.settle``)."""

@@ -89,10 +89,14 @@ class ChannelRead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SizedUse:
-    """An operator with sizes or positions among its arguments that a narrower axis changes."""
+    """An operator with sizes or positions among its arguments that a narrower axis changes.
+
+    ``copies`` says that the axis is made by the operator itself, not taken from an operand.
+    """
 
     record: int
     labels: IntArray
+    copies: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -250,14 +250,19 @@ def _by_tensor(call: Call, x: Operand, axis: int, index: Any) -> Labels:
         return ()
     positions = index.nonzero().flatten() if index.dtype.itemsize == 1 else index
     array = positions.cpu().numpy().astype(np.int64).ravel() % x.shape[axis]
-    plain = tuple(call.settle(f) if axis in f.axes else f for f in x.labels)
     moved = []
-    for factor in plain:
+    for factor in x.labels:
         if axis in factor.axes:
-            factor = Factor(factor.axes, factor.labels, _identity_origin(x, axis, _all(factor)))
-            factor = take(factor, axis, array)
+            alone = call.settle(factor) if len(factor.axes) > 1 else factor
+            if axis not in alone.axes:
+                moved.append(alone)
+                continue
+            whole = Factor(alone.axes, alone.labels, _identity_origin(x, axis, _all(alone)))
+            factor = take(whole, axis, array)
+            if array.size == 1:
+                call.freeze(factor.labels, *_SELECTED)
         moved.append(factor)
-    return arrived(call, tuple(moved))
+    return tuple(f for f in arrived(call, tuple(moved)) if f.labels.size > 1)
 
 
 def flip(call: Call) -> tuple[Labels, ...]:

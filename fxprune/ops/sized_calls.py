@@ -116,6 +116,8 @@ ADAPTIVE: frozenset[Any] = frozenset(
     }
 )
 
+_COUNTED_COPIES: frozenset[Any] = frozenset({"repeat_interleave", torch.repeat_interleave})
+
 # Leaf modules with ``num_features``: the channels of their input, parameters or not.
 CHANNEL_NORMS: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d,
@@ -149,10 +151,16 @@ def target_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return node.target
 
 
-def can_resize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether sizes inside the call follow a narrower input, or can be set."""
+def can_resize(graph_module: fx.GraphModule, node: fx.Node, *, copies: bool) -> bool:
+    """Whether sizes inside the call follow a narrower input, or can be set.
+
+    Args:
+        graph_module: owner of the node.
+        node: the call.
+        copies: the size is a number of copies that the call makes.
+    """
     target = target_of(graph_module, node)
-    return target in SIZED or target in ADAPTIVE
+    return target in SIZED or (target in ADAPTIVE and not (copies and target in _COUNTED_COPIES))
 
 
 def can_hold_slim_parameters(module: nn.Module) -> bool:

@@ -68,7 +68,7 @@ def plan(
         if share is not None
     ]
     shares = group_shares(deps, ratios)
-    if not budgets and not shares:
+    if not budgets and ratios is None:
         raise ArgumentError("nothing to aim for: give flops=, params= or ratios=")
     ignored = ignored_groups(deps, ignore)
     removable = np.array([k not in ignored for k in deps.group_of.tolist()], dtype=bool)
@@ -185,9 +185,7 @@ def describe(
             "params_before": deps.params.total(),
         },
         groups=groups,
-        frozen=tuple(
-            (g.name, g.width, f"{g.reasons[0].code} at {g.reasons[0].node}") for g in deps.frozen
-        ),
+        frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),
         axes=tuple(axes),
         approximate=tuple(approximate),
     )

@@ -147,7 +147,10 @@ class PruningPlan:
         ]
         lines += ["", tabulate(rows, headers=("group", "before", "after", "kept", "note"))]
         if self.frozen:
-            lines += ["", tabulate(self.frozen, headers=("frozen group", "width", "why"))]
+            short = [
+                (name, width, why.partition("] ")[0] + "]") for name, width, why in self.frozen
+            ]
+            lines += ["", tabulate(short, headers=("frozen group", "width", "why"))]
         if self.approximate:
             lines += ["", "approximate (a statistic over channels changes): "]
             lines[-1] += ", ".join(self.approximate)

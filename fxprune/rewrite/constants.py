@@ -181,12 +181,13 @@ def _position(old: Any, wrote: Any, value: Any, kept: Any) -> Any:
     if isinstance(old, int):
         needed = int(before[old % len(kept)])
         return _agree(wrote, value, needed) if value != -1 else needed
-    if not isinstance(old, slice) or old.step not in (None, 1):
+    if not isinstance(old, slice):
         return wrote
-    start, stop, _ = old.indices(len(kept))
-    low, high = int(before[start]), int(before[max(stop, start)])
+    chosen = range(*old.indices(len(kept)))
+    start, stop = (chosen[0], chosen[-1] + 1) if len(chosen) else (0, 0)
+    low, high = int(before[start]), int(before[stop])
     n = int(kept.sum())
-    if isinstance(value, slice) and value.indices(n)[:2] == (low, high):
+    if isinstance(value, slice) and value.indices(n) == (low, high, 1):
         return wrote
     return slice(None if old.start is None else low, None if old.stop is None else high)
 

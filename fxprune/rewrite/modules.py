@@ -48,7 +48,25 @@ def _copy_container(module: nn.Module, memo: dict[int, object]) -> nn.Module:
         if child is not None and is_container:
             copied._modules[name] = _copy_container(child, memo)
         else:
-            copied._modules[name] = copy.deepcopy(child, memo)
+            copied._modules[name] = _copy_leaf(child, memo)
+    return copied
+
+
+_ATOMS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+def _copy_leaf(module: nn.Module | None, memo: dict[int, object]) -> nn.Module | None:
+    """``copy.deepcopy``, without its cost for the many plain attributes of a layer."""
+    if module is None or id(module) in memo or hasattr(module, "__deepcopy__"):
+        return copy.deepcopy(module, memo)
+    if type(module).__reduce_ex__ is not object.__reduce_ex__ or next(module.children(), None):
+        return copy.deepcopy(module, memo)
+    copied = type(module).__new__(type(module))
+    memo[id(module)] = copied
+    copied.__dict__ = {
+        name: value if isinstance(value, _ATOMS) else copy.deepcopy(value, memo)
+        for name, value in module.__dict__.items()
+    }
     return copied
 
 

@@ -122,10 +122,11 @@ class _GraphRewriter:
 
     def _set_num_features(self, old: fx.Node, new: fx.Node) -> None:
         (x,) = _refs(self._in_original((old.args, old.kwargs)))
-        module: Any = self.root.get_submodule(str(new.target))
+        module: Any = self.traced.graph_module.get_submodule(str(old.target))
+        slim: Any = self.root.get_submodule(str(new.target))
         shape = self.traced.values[x.id].shape
         axis = 1 if shape[1] == module.num_features else 0  # instance norm without a batch
-        module.num_features = int(self.shapes.axis(x.id, axis).sum())
+        slim.num_features = int(self.shapes.axis(x.id, axis).sum())
 
     def _touches_pruned(self, old: fx.Node, result: Any) -> bool:
         operands = _refs(self._in_original((old.args, old.kwargs)))
