@@ -161,6 +161,7 @@ def measure(name: str, tp: ModuleType, repeats: int, clock: Clock, bar: tqdm) ->
         bar.set_postfix(model=name, run=f"{repeat + 1}/{repeats}")
         result.ours.append(timed(prune_with_fxprune, model, x, clock))
         result.peer.append(timed(peer, model, x, clock))
+        gc.collect()
         for stage, seconds in stage_seconds(copy.deepcopy(model), x, clock).items():
             result.stages[stage].append(seconds)
     return result
