@@ -141,18 +141,18 @@ def test_a_model_without_prunable_channels(what: str, options: dict[str, Any]) -
     """Either there is nothing to do, or the error speaks of the model, not of the options."""
     x = torch.randn(1, 3, 8, 8)
     model = NOTHING_TO_PRUNE[what]()
-    try:
-        result = fp.prune(model, x, **options)
-    except errors.BudgetError as error:
-        assert "lowest reachable" in str(error) or "no prunable" in str(error)
+    free = what != "one layer"  # nothing that costs anything: every budget holds already
+    if free or "ratios" in options:
+        torch.testing.assert_close(fp.prune(model, x, **options).model(x), model(x))
     else:
-        torch.testing.assert_close(result.model(x), model(x))
+        with pytest.raises(errors.BudgetError, match="lowest reachable"):
+            fp.prune(model, x, **options)
 
 
 def test_a_lazy_module_that_never_ran() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 4, 1))
     x = torch.randn(1, 3, 8, 8)
-    with pytest.raises(errors.FxpruneError, match="0.weight"):
+    with pytest.raises(errors.FxpruneError, match=r"0\.weight"):
         fp.prune(model, x, flops=0.5)
 
 

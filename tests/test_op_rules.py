@@ -47,6 +47,7 @@ VIOLATIONS = {
     "select.int: inside a shuffle, another axis": _LINEAGE,
     "flatten.using_ints: of a shuffle": "the gather has the axes of its source, not of the result",
     "_to_copy: inside a shuffle": "the gather has the precision of its source",
+    "cat: of a shuffle whose source is written meanwhile": "the gather reads what was written",
     "tile: fewer numbers than axes": "the numbers count from the last axis",
     "repeat_interleave.Tensor: positions": "this overload has no operand named self",
     "constant_pad_nd: cropped": "what is cropped away is not announced, but counts in the argument",

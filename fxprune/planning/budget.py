@@ -80,8 +80,9 @@ def ignored_groups(deps: DependencyGraph, patterns: Iterable[str]) -> set[int]:
     Raises:
         ArgumentError: a pattern matches nothing in the model.
     """
-    if isinstance(patterns, str):
-        patterns = (patterns,)
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not patterns:
+        return set()
     modules = [name for name, _ in deps.traced.graph_module.named_modules() if name]
     everything = {*modules, *deps.tensors, *(g.name for g in (*deps.groups, *deps.frozen))}
     found: set[int] = set()

@@ -1,6 +1,8 @@
 """Slim copies of leaf modules, and the module tree that holds them."""
 
 import copy
+from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -63,11 +65,16 @@ def _copy_leaf(module: nn.Module | None, memo: dict[int, object]) -> nn.Module |
         return copy.deepcopy(module, memo)
     copied = type(module).__new__(type(module))
     memo[id(module)] = copied
-    copied.__dict__ = {
-        name: value if isinstance(value, _ATOMS) else copy.deepcopy(value, memo)
-        for name, value in module.__dict__.items()
-    }
+    copied.__dict__ = {name: _copy_value(v, memo) for name, v in module.__dict__.items()}
     return copied
+
+
+def _copy_value(value: Any, memo: dict[int, object]) -> Any:
+    if isinstance(value, _ATOMS):
+        return value
+    if type(value) in (dict, OrderedDict, set) and not value:  # a dozen of them per layer
+        return type(value)()
+    return copy.deepcopy(value, memo)
 
 
 def _set_sizes(module: nn.Module) -> None:
