@@ -355,9 +355,7 @@ CASES: dict[str, Case] = {
     "circular_padding": Case(CircularPadding, None, either=("mid",)),
     "other_axes": Case(OtherAxes, 13 + 8 + 11),
     "position_parameter": Case(PositionParameter, None),
-    "dynamic_conv": Case(
-        GroupedBatchFold, None, readers={"bank": 1}, resizes=False, rebatches=False
-    ),
+    "dynamic_conv": Case(GroupedBatchFold, 13 + 8 + 8 + 11, readers={"bank": 1}, rebatches=False),
     "softmax_over_channels": Case(SoftmaxOverChannels, SOME, fixed=FROZEN),
     "local_response": Case(LocalResponse, SOME, fixed=FROZEN),
     "layer_norm_last": Case(LayerNormLast, None, either=("mid",), exact=False),
