@@ -136,6 +136,8 @@ class Recorder(TorchDispatchMode):
                 self._written.add(tensor.untyped_storage()._cdata)
                 ref = self.ref(tensor)
                 self.values[ref.id] = replace(self.values[ref.id], data=None)
+            if self.values[self.ref(tensor).id].shape != tuple(tensor.shape):
+                del self._refs[id(tensor)]  # an in-place view: from here on another value
         returns = [r for r in func._schema.returns if r.alias_info is not None]
         if len(func._schema.returns) == 1 and returns and written:
             return written[0]

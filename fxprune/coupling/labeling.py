@@ -75,7 +75,10 @@ def _apply(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> N
         if any(o.labels for o in operands):
             call.freeze_operands(*NO_RULE)
         return
-    for result, labels in zip(call.results, rule(call), strict=False):
+    outputs = rule(call)
+    if record.op._schema.is_mutable:
+        ledger.last_write = index
+    for result, labels in zip(call.results, outputs, strict=False):
         if result is not None and traced.values[result].kind not in ("parameter", "buffer"):
             ledger.values[result] = labels
 
@@ -115,7 +118,8 @@ def _protect_outputs(traced: TracedModel, ledger: Ledger) -> None:
         code, why, need = OUTPUT
         refusal = Refusal(code, output.name, "output", f"{why} ({shape})", need)
         for factor in ledger.values.get(leaf.id, ()):
-            ledger.freeze(factor.labels, refusal)
+            alone = ledger.settle(factor, refusal) if len(factor.axes) > 1 else factor
+            ledger.freeze(alone.labels, refusal)
 
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fxprune.ops.call import UNKNOWN_INDEX, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNKNOWN_INDEX, Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.ledger import Role
 
@@ -41,8 +41,8 @@ def expand(call: Call) -> tuple[Labels, ...]:
 
 
 def repeat(call: Call) -> tuple[Labels, ...]:
-    """``repeat``/``tile``: copies of a channel carry its label."""
-    x, repeats = call["self"], call.get("repeats") or call.get("dims")
+    """``repeat``: copies of a channel carry its label."""
+    x, repeats = call["self"], call["repeats"]
     shift = len(call.shapes[0]) - len(x.shape)
     factors = []
     for axis, labels in x.axes().items():
@@ -52,8 +52,8 @@ def repeat(call: Call) -> tuple[Labels, ...]:
 
 def repeat_interleave(call: Call) -> tuple[Labels, ...]:
     """``repeat_interleave`` with a number: each position several times in a row."""
-    x, repeats, dim = call["self"], call.get("repeats"), call.get("dim")
-    if isinstance(repeats, Operand) or dim is None:
+    x, repeats, dim = call.get("self"), call.get("repeats"), call.get("dim")
+    if x is None or isinstance(repeats, Operand) or dim is None:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ((),)
     axis = dim % len(x.shape)
@@ -75,10 +75,14 @@ def constant_pad(call: Call) -> tuple[Labels, ...]:
         if before or after:
             kept = labels[max(-before, 0) : len(labels) - max(-after, 0)]
             new = [call.ledger.fresh(max(before, 0)), kept, call.ledger.fresh(max(after, 0))]
+            call.sized((Factor((axis,), labels),))
             labels = np.concatenate(new)
             call.sized((Factor((axis,), labels),))
             call.ledger.nonempty.append(kept)
-        factors.append(Factor((axis,), labels))
+        if labels.size > 1:
+            factors.append(Factor((axis,), labels))
+        else:
+            call.freeze(labels, *FIXED_AXIS)
     return (tuple(factors),)
 
 
@@ -86,6 +90,7 @@ def embedding(call: Call) -> tuple[Labels, ...]:
     """Rows of a table by number: the width is a channel axis, the vocabulary is not."""
     weight = call["weight"]
     weight.confined({1})
+    call["indices"].confined(set())
     labels = weight.own(1, Role.PRODUCER)
     if labels is None:
         return ((),)
@@ -97,7 +102,6 @@ RULES: dict[str, Rule] = {
     **{f"aten::{name}": factory for name in _FACTORIES.split()},
     "aten::expand": expand,
     "aten::repeat": repeat,
-    "aten::tile": repeat,
     "aten::repeat_interleave": repeat_interleave,
     "aten::constant_pad_nd": constant_pad,
     "aten::embedding": embedding,

@@ -29,6 +29,7 @@ class Origin:
         axes: per axis of the tensor at hand, the axis of the earlier tensor that it is, or None
             where it carries (part of) the channel axis or did not exist.
         record: index of the operator that took the axis apart.
+        ndim: number of axes of the earlier tensor.
     """
 
     value: int
@@ -36,6 +37,7 @@ class Origin:
     index: IntArray
     axes: tuple[int | None, ...]
     record: int
+    ndim: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +159,9 @@ def reshape_factor(
     lone = all(before[a] == 1 or a in factor.axes for a in ins)
     if origin is None and lone and len(factor.axes) == 1:
         index = np.arange(before[factor.axes[0]])
-        origin = Origin(value, factor.axes[0], index, tuple(range(len(before))), record)
+        origin = Origin(
+            value, factor.axes[0], index, tuple(range(len(before))), record, len(before)
+        )
     axes = tuple(a for a in outs if after[a] > 1)
     labels = labels.reshape([after[a] for a in axes])
     if origin is not None and lone:

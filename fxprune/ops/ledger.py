@@ -104,6 +104,7 @@ class Ledger:
     """Equations, freezes, roles and costs, in the order in which they were found."""
 
     n_labels: int = 0
+    last_write: int = -1  # index of the last record that wrote in place
     pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     frozen: list[tuple[IntArray, Refusal]] = field(default_factory=list)
     parameters: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)

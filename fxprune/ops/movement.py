@@ -35,7 +35,7 @@ def arrived(call: Call, labels: Labels, result: int = 0) -> Labels:
         if len(factor.axes) > 1 or origin is None:
             closed.append(factor)
             continue
-        if _is_gather(factor, origin, len(call.shapes[result])):
+        if _is_gather(call, factor, origin, len(call.shapes[result])):
             value = call.results[result]
             assert value is not None
             call.ledger.gathers[value] = Gather(origin.value, origin.axis, origin.index)
@@ -45,15 +45,17 @@ def arrived(call: Call, labels: Labels, result: int = 0) -> Labels:
     return tuple(closed)
 
 
-def _is_gather(factor: Factor, origin: Origin, ndim: int) -> bool:
+def _is_gather(call: Call, factor: Factor, origin: Origin, ndim: int) -> bool:
+    """Whether every other axis is where it was, and nobody wrote to memory in between."""
     axis = origin.axis
     others_in_place = all(origin.axes[k] == k for k in range(ndim) if k != axis)
-    return factor.axes == (axis,) and len(origin.axes) == ndim and others_in_place
+    same_axes = origin.ndim == len(origin.axes) == ndim and factor.axes == (axis,)
+    return same_axes and others_in_place and call.ledger.last_write < origin.record
 
 
 def _identity_origin(operand: Operand, axis: int, index: IntArray) -> Origin:
     axes = tuple(range(len(operand.shape)))
-    return Origin(operand.value, axis, index, axes, operand.call.index)
+    return Origin(operand.value, axis, index, axes, operand.call.index, len(axes))
 
 
 def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
@@ -65,7 +67,7 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     moved = []
     for factor in _without_merged_copies(call, operand, shape):
         new = viewed(factor)
-        if new is None or _merges_out_of_order(factor, new, len(shape)):
+        if new is None or _merges_out_of_order(call, factor, new, len(shape)):
             new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
             new = Factor(new.axes, new.labels)
@@ -87,10 +89,10 @@ def _without_merged_copies(call: Call, operand: Operand, shape: Sequence[int]) -
             yield factor
 
 
-def _merges_out_of_order(factor: Factor, new: Factor, ndim: int) -> bool:
+def _merges_out_of_order(call: Call, factor: Factor, new: Factor, ndim: int) -> bool:
     if factor.origin is None or len(new.axes) >= len(factor.axes):
         return False
-    return new.origin is None or not _is_gather(new, new.origin, ndim)
+    return new.origin is None or not _is_gather(call, new, new.origin, ndim)
 
 
 def _disjoint(call: Call, factors: list[Factor]) -> Labels:
@@ -117,6 +119,8 @@ _PRODUCT = (
 def view(call: Call) -> tuple[Labels, ...]:
     """``view``, ``reshape``, ``squeeze``, ``flatten``: sizes change, the order does not."""
     labels = arrived(call, reshaped(call, call["self"], call.shapes[0]))
+    if call.op == "aten::squeeze" and call.get("dim") is None:
+        call.sized(call["self"].labels)  # an axis that shrinks to size 1 would go too
     if call.op not in ("aten::squeeze", "aten::unsqueeze"):
         call.sized(tuple(f for f in labels if f.origin is None))  # parts: when they are settled
     return (labels,)
@@ -140,7 +144,7 @@ def indexed(call: Call, x: Operand, axis: int, index: IntArray, result: int = 0)
     moved = []
     for factor in x.labels:
         if axis not in factor.axes:
-            moved.append(factor)
+            moved.append(_elsewhere(call, factor))
             continue
         if factor.origin is None and len(factor.axes) == 1 and not _contiguous(index):
             factor = Factor(factor.axes, factor.labels, _identity_origin(x, axis, _all(factor)))
@@ -152,6 +156,11 @@ def indexed(call: Call, x: Operand, axis: int, index: IntArray, result: int = 0)
     labels = arrived(call, tuple(moved), result)
     call.ledger.nonempty.extend(f.labels for f in labels if axis in f.axes)
     return labels
+
+
+def _elsewhere(call: Call, factor: Factor) -> Factor:
+    """A movement along an axis that the factor is not over ends its lineage."""
+    return factor if factor.origin is None else call.settle(factor)
 
 
 def _all(factor: Factor) -> IntArray:
@@ -206,7 +215,8 @@ def unbind(call: Call) -> tuple[Labels, ...]:
 
 def _selected(call: Call, x: Operand, axis: int, position: int, result: int) -> Labels:
     moved = [
-        _pick_one(call, f, axis, np.array([position])) if axis in f.axes else f for f in x.labels
+        _pick_one(call, f, axis, np.array([position])) if axis in f.axes else _elsewhere(call, f)
+        for f in x.labels
     ]
     return arrived(call, drop_axis(tuple(moved), axis), result)
 
@@ -227,9 +237,9 @@ def split(call: Call) -> tuple[Labels, ...]:
 def index_select(call: Call) -> tuple[Labels, ...]:
     """``index_select`` with an index tensor whose content is known."""
     x = call["self"]
-    index = call["index"].data
+    call["index"].confined(set())
     axis = call["dim"] % len(x.shape)
-    return (_by_tensor(call, x, axis, index),)
+    return (_by_tensor(call, x, axis, call["index"].data),)
 
 
 def index(call: Call) -> tuple[Labels, ...]:
@@ -239,13 +249,14 @@ def index(call: Call) -> tuple[Labels, ...]:
     if len(given) != 1 or len(indices[given[0]].shape) != 1:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ((),)
+    indices[given[0]].confined(set())
     return (_by_tensor(call, x, given[0], indices[given[0]].data),)
 
 
 def _by_tensor(call: Call, x: Operand, axis: int, index: Any) -> Labels:
     if not any(axis in f.axes for f in x.labels):
-        return x.labels
-    if index is None or index.dtype.is_floating_point:
+        return tuple(_elsewhere(call, f) for f in x.labels)
+    if index is None or index.dtype.is_floating_point or index.ndim > 1:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ()
     positions = index.nonzero().flatten() if index.dtype.itemsize == 1 else index
@@ -261,6 +272,8 @@ def _by_tensor(call: Call, x: Operand, axis: int, index: Any) -> Labels:
             factor = take(whole, axis, array)
             if array.size == 1:
                 call.freeze(factor.labels, *_SELECTED)
+        else:
+            factor = _elsewhere(call, factor)
         moved.append(factor)
     return tuple(f for f in arrived(call, tuple(moved)) if f.labels.size > 1)
 
@@ -270,32 +283,30 @@ def flip(call: Call) -> tuple[Labels, ...]:
     labels = call["self"].labels
     for axis in call["dims"]:
         at = axis % len(call.shapes[0])
+        reverse = np.arange(call.shapes[0][at])[::-1]
         labels = tuple(
-            take(f, at, np.arange(call.shapes[0][at])[::-1]) if at in f.axes else f for f in labels
+            take(f, at, reverse) if at in f.axes else _elsewhere(call, f) for f in labels
         )
     return (arrived(call, labels),)
 
 
 def roll(call: Call) -> tuple[Labels, ...]:
-    """Rotation along axes; on a channel axis it becomes a gather."""
-    x = call["self"]
-    if not call["dims"]:
-        return view(call)
-    labels: Labels = tuple(x.labels)
-    for shift, dim in zip(call["shifts"], call["dims"], strict=True):
-        axis = dim % len(x.shape)
-        order = np.roll(np.arange(x.shape[axis]), shift)
-        moved = []
-        for factor in labels:
-            if axis in factor.axes:
-                origin = factor.origin
-                if origin is None and len(factor.axes) == 1:
-                    lineage = _identity_origin(x, axis, _all(factor))
-                    factor = Factor(factor.axes, factor.labels, lineage)
-                factor = take(factor, axis, order)
-            moved.append(factor)
-        labels = tuple(moved)
-    return (arrived(call, labels),)
+    """Rotation along an axis; on a channel axis it becomes a gather."""
+    x, dims = call["self"], [d % len(call.shapes[0]) for d in call["dims"]]
+    if len(dims) != 1:
+        axes = set(range(len(x.shape))) - set(dims or range(len(x.shape)))
+        return (tuple(Factor((a,), found) for a, found in x.confined(axes).items()),)
+    axis = dims[0]
+    order = np.roll(np.arange(x.shape[axis]), call["shifts"][0])
+    moved = []
+    for factor in x.labels:
+        if axis not in factor.axes:
+            moved.append(_elsewhere(call, factor))
+            continue
+        if factor.origin is None and len(factor.axes) == 1:
+            factor = Factor(factor.axes, factor.labels, _identity_origin(x, axis, _all(factor)))
+        moved.append(take(factor, axis, order))
+    return (arrived(call, tuple(moved)),)
 
 
 def channel_shuffle(call: Call) -> tuple[Labels, ...]:

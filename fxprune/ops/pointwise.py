@@ -13,13 +13,13 @@ PASS_THROUGH = frozenset(
     for name in (
         "alias _to_copy clone contiguous detach lift_fresh lift_fresh_copy lift _conj positive "
         "native_dropout dropout alpha_dropout feature_dropout feature_alpha_dropout "
-        "zeros_like ones_like full_like empty_like zero fill to resolve_conj resolve_neg "
+        "zeros_like ones_like full_like empty_like zero fill resolve_conj resolve_neg "
         "hardtanh leaky_relu elu celu selu silu mish gelu hardsigmoid hardswish relu6 softplus "
         "softshrink hardshrink threshold logit nan_to_num clamp clamp_min clamp_max masked_fill"
     ).split()
 )
 _MOVES_ONLY = frozenset(
-    f"aten::{name}" for name in "alias _to_copy clone contiguous detach lift_fresh to".split()
+    f"aten::{name}" for name in "alias clone contiguous detach lift_fresh".split()
 )
 
 
@@ -28,7 +28,7 @@ def pass_through(call: Call) -> tuple[Labels, ...]:
     if call.op in _MOVES_ONLY:
         source = next(call.operands())
         return (source.labels,)
-    return pointwise(call) * len(call.results)
+    return pointwise(call)
 
 
 def pointwise(call: Call) -> tuple[Labels, ...]:
@@ -36,14 +36,14 @@ def pointwise(call: Call) -> tuple[Labels, ...]:
     operands = list(call.operands())
     shape = call.shapes[0]
     if all(not o.parameter and not o.labels for o in operands):
-        return ((),)
+        return ((),) * len(call.results)
     factors = []
     for axis in range(len(shape)):
         if shape[axis] > 1:
             labels = _meet(call, operands, axis - len(shape))
             if labels is not None:
                 factors.append(Factor((axis,), labels))
-    return (tuple(factors),)
+    return (tuple(factors),) * len(call.results)
 
 
 def _meet(call: Call, operands: list[Operand], axis: int) -> IntArray | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fxprune.ops.call import Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.ledger import ChannelRead
+from fxprune.ops.pointwise import pointwise
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -20,13 +21,15 @@ MIXES = (
 
 def _axes_of(call: Call, ndim: int) -> set[int]:
     dim = call.get("dim")
-    if dim is None or dim == []:
+    if dim is None or (dim == [] and call.op not in ("aten::any", "aten::all")):
         return set(range(ndim))
     return {d % ndim for d in (dim if isinstance(dim, list) else [dim])} if ndim else set()
 
 
 def reduction(call: Call) -> tuple[Labels, ...]:
     """``sum``, ``mean``, ``amax``, ``var``, norms: reduced axes go, the others stay."""
+    if "other" in call.arguments:
+        return pointwise(call)  # the maximum of two tensors
     x: Operand = call["self"]
     ndim = len(x.shape)
     gone = _axes_of(call, ndim)
@@ -81,8 +84,8 @@ def _normalized(call: Call) -> set[int]:
     return set(range(ndim - len(call["normalized_shape"]), ndim))
 
 
-def _channels(call: Call) -> set[int]:
-    return {1}
+def _all_but_batch(call: Call) -> set[int]:
+    return set(range(1, len(call.shapes[0])))
 
 
 _REDUCTIONS = (
@@ -96,5 +99,5 @@ RULES: dict[str, Rule] = {
         for name in "_softmax _log_softmax softmax log_softmax cumsum cumprod sort".split()
     },
     "aten::native_layer_norm": mixing(_normalized),
-    "aten::native_group_norm": mixing(_channels),
+    "aten::native_group_norm": mixing(_all_but_batch),
 }

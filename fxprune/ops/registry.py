@@ -37,7 +37,7 @@ RULES = merged(
     reduction.RULES,
     spatial.RULES,
     dict.fromkeys(PASS_THROUGH, pass_through),
-    dict.fromkeys(("aten::copy", "aten::_prelu_kernel", "aten::prelu"), pointwise),
+    dict.fromkeys(("aten::copy", "aten::_prelu_kernel"), pointwise),
 )
 
 

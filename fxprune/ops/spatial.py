@@ -84,7 +84,7 @@ def grid_sample(call: Call) -> tuple[Labels, ...]:
 _PER_CHANNEL = (
     "max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d _adaptive_avg_pool{n}d "
     "adaptive_avg_pool{n}d adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d "
-    "upsample_nearest{n}d _upsample_nearest_exact{n}d max_unpool{n}d fractional_max_pool{n}d"
+    "upsample_nearest{n}d _upsample_nearest_exact{n}d"
 )
 _BATCH_NORMS = (
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
