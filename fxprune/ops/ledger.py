@@ -3,7 +3,6 @@
 Rules only ever add to it. Solving what was added is the business of ``fxprune.coupling``.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -119,7 +118,6 @@ class Ledger:
     values: dict[int, Labels] = field(default_factory=dict)
     weights: set[int] = field(default_factory=set)
     _owners: list[tuple[int, str, int]] = field(default_factory=list)
-    _aliases: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def fresh(self, n: int) -> IntArray:
         """``n`` labels that nothing else has."""
