@@ -333,12 +333,12 @@ def _batch_norms() -> list[Sample]:
     # The further results are statistics for the backward pass.
     return [
         native("evaluation", "a1 b0 c0 d0 e0", x, *weights, *statistics, *off),
-        native("all axes labelled", "a1 b0 c0 d0 e0", X(2, 7, 5), *weights, *statistics, *off),
+        native("all axes labelled", "a0 a1 a2 b0 c0 d0 e0", X(2, 7, 5), *weights, *statistics, *off),
         native("no weights", "a1 b0 c0", x, None, None, *statistics, *off),
         native("training", "a1 b0 c0 d0 e0", x, *weights, *statistics, *on),
         native("training, no statistics", "a1 b0 c0", x, *weights, None, None, *on),
         native("input untracked", "", U(2, 7, 5), *weights, *statistics, *off),
-        native("matrix", "a1 b0 c0 d0 e0", X(3, 7), *weights, *statistics, *off),
+        native("matrix", "a0 a1 b0 c0 d0 e0", X(3, 7), *weights, *statistics, *off),
         S(legit.default, "training", "a1 b0 c0 d0 e0", x, *weights, *statistics, *on, results=1),
         S(legit.no_stats, "training", "a1 b0 c0", x, *weights, *on, results=1),
         S(aten._native_batch_norm_legit_no_training.default, "evaluation", "a1 b0 c0 d0 e0",
@@ -436,7 +436,7 @@ def _pointwise() -> list[Sample]:
         S(add, "two parameters", "a0 a1 b0 b1", P(7, 5), P(7, 5)),
         S(add, "two joint factors", "a0 a1 a2", heads, heads),
         S(mul, "a scale per block of a joint factor", "a0 a1 a2 b0", heads, P(3, 1, 1)),
-        S(mul, "a scale per place in a block", "a0 a1 a2", heads, P(4, 1)),
+        S(mul, "a scale per place in a block", "a0 a1 a2 b0", heads, P(4, 1)),
         S(aten.add_.Tensor, "in place", "a0 a1 a2 b0 b1 b2", x, X(2, 7, 5)),
         S(mul, "gate", "a1 b1", image, X(2, 7, 1, 1)),
         S(mul, "attention map of space", "a1", image, U(2, 1, 3, 5)),
