@@ -333,7 +333,8 @@ def _batch_norms() -> list[Sample]:
     # The further results are statistics for the backward pass.
     return [
         native("evaluation", "a1 b0 c0 d0 e0", x, *weights, *statistics, *off),
-        native("all axes labelled", "a0 a1 a2 b0 c0 d0 e0", X(2, 7, 5), *weights, *statistics, *off),
+        native("all axes labelled", "a0 a1 a2 b0 c0 d0 e0",
+               X(2, 7, 5), *weights, *statistics, *off),
         native("no weights", "a1 b0 c0", x, None, None, *statistics, *off),
         native("training", "a1 b0 c0 d0 e0", x, *weights, *statistics, *on),
         native("training, no statistics", "a1 b0 c0", x, *weights, None, None, *on),

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.compare import same_computation, written_state
 from fxprune.capture.export import export_graph
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
+from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.symbolic import opaque_nodes, symbolic_graph

@@ -42,7 +42,7 @@ def batch_norm(call: Call) -> tuple[Labels, ...]:
             operand.adopt(0, labels, Role.AFFINE)
         elif (own := operand.own(0, Role.AFFINE)) is not None:
             call.freeze(own, *FIXED_AXIS)
-    if call.get("training") or "_legit" in call.op and call.get("running_mean") is None:
+    if call.get("training") or ("_legit" in call.op and call.get("running_mean") is None):
         for axis in sorted(found.keys() - {1}):
             statistic(call, "input", axis, found[axis])
     factors = tuple(Factor((a,), own) for a, own in found.items())
