@@ -23,12 +23,12 @@ Row = dict[str, Any]
 LOWEST = re.compile(r"\(([01]\.\d+)\) is the lowest reachable")
 
 
-def measure(entry: Entry, tell: Callable[[str], None] = lambda stage: None) -> Row:
+def measure(entry: Entry, tell: Callable[[str, Row], None] = lambda stage, row: None) -> Row:
     """Capture, analyse, prune and verify one model.
 
     Args:
         entry: the model.
-        tell: is called with the name of every stage before it begins.
+        tell: is called before every stage with its name and what is known by then.
 
     Returns:
         Facts by name, as JSON takes them. ``failed`` is there if a stage raised an error.
@@ -46,14 +46,15 @@ def measure(entry: Entry, tell: Callable[[str], None] = lambda stage: None) -> R
 class _Stages:
     """Which stage runs, and how many CPU seconds each took."""
 
-    def __init__(self, row: Row, tell: Callable[[str], None]) -> None:
+    def __init__(self, row: Row, tell: Callable[[str, Row], None]) -> None:
         self.current = ""
+        self._row = row
         self._seconds: dict[str, float] = row.setdefault("seconds", {})
         self._tell = tell
 
     def run(self, stage: str, job: Callable[[], Any]) -> Any:
         self.current = stage
-        self._tell(stage)
+        self._tell(stage, self._row)
         start = time.process_time()
         try:
             return job()
@@ -93,7 +94,7 @@ def facts(deps: fp.DependencyGraph) -> Row:
     for refusal in deps.refusals:
         nodes.setdefault((refusal.code, refusal.op), []).append(refusal.node)
     for group in deps.frozen:
-        by_reason.update({key: group.width for key in {(r.code, r.op) for r in group.reasons}})
+        by_reason.update(dict.fromkeys({(r.code, r.op) for r in group.reasons}, group.width))
     return {
         "groups": len(deps.groups),
         "channels": deps.n_channels,

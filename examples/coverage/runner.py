@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,13 +59,12 @@ def measured_apart(entry: Entry, seconds: float, gib: float) -> Row:
     process = _CONTEXT.Process(target=_work, args=(entry, theirs, gib))
     process.start()
     theirs.close()
-    stage, row = "start", None
+    stage, row = "start", {"library": entry.library, "name": entry.name}
     deadline = time.monotonic() + seconds
+    reason = f"takes longer than {seconds:.0f} s"
     try:
-        while row is None and ours.poll(max(deadline - time.monotonic(), 0)):
-            kind, value = ours.recv()
-            stage, row = (value, None) if kind == "stage" else (stage, value)
-        reason = f"takes longer than {seconds:.0f} s"
+        while stage and ours.poll(max(deadline - time.monotonic(), 0)):
+            stage, row = ours.recv()
     except EOFError:
         process.join()
         reason = f"its process ended with status {process.exitcode}"
@@ -74,19 +72,15 @@ def measured_apart(entry: Entry, seconds: float, gib: float) -> Row:
         process.kill()
         process.join()
         ours.close()
-    if row is not None:
-        return row
-    stopped = {"stage": stage, "type": "Stopped", "message": reason, "frame": "", "innermost": ""}
-    return {"library": entry.library, "name": entry.name, "failed": stopped}
+    if stage:
+        row["failed"] = {"stage": stage, "type": "Stopped", "message": reason}
+    return row
 
 
 def _work(entry: Entry, pipe: Connection, gib: float) -> None:
+    """Send (stage, what is known) before every stage, and ("", everything) in the end."""
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
-
-    def send(kind: str, value: Any) -> None:
-        pipe.send((kind, value))
-
-    send("row", measure(entry, lambda stage: send("stage", stage)))
+    pipe.send(("", measure(entry, lambda stage, row: pipe.send((stage, row)))))
     pipe.close()

@@ -75,7 +75,7 @@ class _Detector(nn.Module):
         super().__init__()
         self.detector = detector
 
-    def forward(self, images):  # noqa: ANN001, ANN201
+    def forward(self, images):
         return self.detector(list(images))
 
 

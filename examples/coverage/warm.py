@@ -1,4 +1,4 @@
-"""Importing this module loads what PyTorch loads on first use, so that no model is charged for it."""
+"""Import this to load what PyTorch loads on first use, so that no model is charged for it."""
 
 import torch
 from torch import nn
