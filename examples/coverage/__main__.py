@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=12, help="memory limit per model (default 12)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
     parser.add_argument("--out", type=Path, default=REPORT, help="page to write")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
