@@ -33,7 +33,6 @@ def run(entries: Sequence[Entry], results: Path, *, seconds: float, gib: float, 
     known = {} if again else read(results)
     waiting = [e for e in entries if e.id not in known]
     results.parent.mkdir(parents=True, exist_ok=True)
-    _CONTEXT.set_forkserver_preload(_PRELOAD)
     failed = 0
     with results.open("a") as file, tqdm(waiting, unit="model") as progress:
         for entry in progress:
@@ -55,14 +54,16 @@ def read(results: Path) -> dict[str, Row]:
 
 def measured_apart(entry: Entry, seconds: float, gib: float) -> Row:
     """``measure`` in a process of its own, which is killed when its time is over."""
+    _CONTEXT.set_forkserver_preload(_PRELOAD)
     ours, theirs = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_work, args=(entry, theirs, gib))
     process.start()
     theirs.close()
     stage, row = "start", {"library": entry.library, "name": entry.name}
-    deadline = time.monotonic() + seconds
     reason = f"takes longer than {seconds:.0f} s"
     try:
+        ours.recv()  # the process is up
+        deadline = time.monotonic() + seconds
         while stage and ours.poll(max(deadline - time.monotonic(), 0)):
             stage, row = ours.recv()
     except EOFError:
@@ -78,9 +79,10 @@ def measured_apart(entry: Entry, seconds: float, gib: float) -> Row:
 
 
 def _work(entry: Entry, pipe: Connection, gib: float) -> None:
-    """Send (stage, what is known) before every stage, and ("", everything) in the end."""
+    """Send None, (stage, what is known) before every stage, and ("", everything) in the end."""
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
+    pipe.send(None)
     pipe.send(("", measure(entry, lambda stage, row: pipe.send((stage, row)))))
     pipe.close()

@@ -38,8 +38,8 @@ DETECTION = """
 # [batch, channels, frames, height, width]: the smallest clips that the networks take.
 VIDEO = {
     "mc3_18": (2, 3, 8, 32, 32),
-    "mvit_v1_b": (2, 3, 4, 64, 64),
-    "mvit_v2_s": (2, 3, 4, 64, 64),
+    "mvit_v1_b": (1, 3, 16, 224, 224),
+    "mvit_v2_s": (1, 3, 16, 224, 224),
     "r2plus1d_18": (2, 3, 8, 32, 32),
     "r3d_18": (2, 3, 8, 32, 32),
     "s3d": (2, 3, 16, 64, 64),
@@ -55,7 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "inception_v3": {"init_weights": False},
     **{name: {"image_size": 64} for name in CLASSIFIERS if name.startswith("vit_")},
     "vit_h_14": {"image_size": 56},
-    **dict.fromkeys(("mvit_v1_b", "mvit_v2_s"), {"spatial_size": (64, 64), "temporal_size": 4}),
+    # Detectors scale their images by themselves, to 800 pixels if nobody says otherwise.
+    **{name: {"min_size": 64, "max_size": 64} for name in DETECTION if "ssd" not in name},
 }
 
 
@@ -66,7 +67,7 @@ def _model(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _backbone(name: str) -> nn.Module:
-    return _model(name, {}).backbone
+    return _model(name, OPTIONS.get(name, {})).backbone
 
 
 class _Detector(nn.Module):
@@ -81,7 +82,7 @@ class _Detector(nn.Module):
 
 
 def _detector(name: str) -> nn.Module:
-    return _Detector(_model(name, {}))
+    return _Detector(_model(name, OPTIONS.get(name, {})))
 
 
 BACKBONED = {*SEGMENTATION, *DETECTION}
