@@ -1,5 +1,6 @@
 """What the sweep finds out about one model."""
 
+import copy
 import itertools
 import re
 import time
@@ -146,7 +147,7 @@ def _prune(
     row["verdict"] = _verdict(verdict)
     if not verdict.ok:
         raise fp.VerificationError(str(verdict))
-    stages.run("another batch", lambda: _another_batch(row, slim, traced.args))
+    stages.run("another batch", lambda: _another_batch(row, traced, slim))
 
 
 def lowest_reachable(error: fp.BudgetError) -> float:
@@ -169,17 +170,27 @@ def _verdict(verdict: fp.Verdict) -> Row:
 
 
 @torch.no_grad()
-def _another_batch(row: Row, slim: torch.nn.Module, args: tuple[Any, ...]) -> None:
-    """Whether the slim model takes another batch size than the example's."""
+def _another_batch(row: Row, traced: fp.TracedModel, slim: torch.nn.Module) -> None:
+    """Whether the slim model takes another batch size than the example's, if the original does."""
+    args = traced.args
     sizes = {t.shape[0] for t in args if isinstance(t, torch.Tensor) and t.dim()}
     if len(sizes) != 1 or min(sizes) == 1:
         return
     larger = [torch.cat([a, a[:1]]) if isinstance(a, torch.Tensor) and a.dim() else a for a in args]
     try:
+        traced.graph_module.eval()(*copy.deepcopy(larger))
+    except Exception as error:
+        row["other_batch"] = f"the captured graph: {_first_line(error)}"
+        return
+    try:
         slim.eval()(*larger)
         row["other_batch"] = True
     except Exception as error:
-        row["other_batch"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        row["other_batch"] = _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _half_of_every_group(row: Row, traced: fp.TracedModel, deps: fp.DependencyGraph) -> None:

@@ -52,7 +52,8 @@ def render(rows: Sequence[Row], n_entries: int) -> str:
     for row in rows:
         by_library[row["library"]].append(row)
     parts = [INTRO, _versions(by_library), "## Summary\n", _summary(by_library, n_entries)]
-    parts += ["## Failures\n", _failures(rows), "## Refusals\n", _refusals(rows)]
+    parts += ["## Failures\n", _failures(rows), "## Fixed batch\n", _fixed_batch(rows)]
+    parts += ["## Refusals\n", _refusals(rows)]
     parts += ["## Models\n" + LEGEND]
     parts += [f"### {_title(library)}\n\n{_models(found)}" for library, found in by_library.items()]
     return "\n".join(p.rstrip() + "\n" for p in parts)
@@ -215,11 +216,24 @@ def _failures(rows: Sequence[Row]) -> str:
     if not failed:
         return "None."
     table = [
-        [f"{_title(row['library'])} {row['name']}", row["failed"]["stage"], row["failed"]["type"],
+        [_full(row), row["failed"]["stage"], row["failed"]["type"],
          _cell(row["failed"]["message"])]
         for row in failed
     ]  # fmt: skip
     return _table(["model", "stage", "error", "reason"], table)
+
+
+def _fixed_batch(rows: Sequence[Row]) -> str:
+    fixed = [row for row in rows if row.get("other_batch", True) is not True]
+    if not fixed:
+        return "None: every slim model takes another batch size than the example's."
+    table = [[_full(row), _cell(row["other_batch"])] for row in fixed]
+    text = "Slim models that take the batch size of the example only, and what another raises.\n\n"
+    return text + _table(["model", "error"], table)
+
+
+def _full(row: Row) -> str:
+    return f"{_title(row['library'])} {row['name']}"
 
 
 def _cell(text: str, width: int = 300) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from examples.coverage.detection_operators import provide_operators
 from examples.coverage.entry import Entry, Floats, Inputs, image
 from fxprune.vision import import_torchvision
 
@@ -82,6 +83,7 @@ class _Detector(nn.Module):
 
 
 def _detector(name: str) -> nn.Module:
+    provide_operators()
     return _Detector(_model(name, OPTIONS.get(name, {})))
 
 
