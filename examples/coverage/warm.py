@@ -1,10 +1,21 @@
-"""Import this to load what PyTorch loads on first use, so that no model is charged for it."""
+"""Import this to load what models load on first use, so that no model is charged for it."""
+
+import contextlib
+import importlib
+import logging
+import warnings
 
 import torch
 from torch import nn
 
 from examples.coverage.entry import Entry, image
 from examples.coverage.measure import measure
+from fxprune.vision import import_torchvision
+
+LIBRARIES = """
+    timm transformers.modeling_utils segmentation_models_pytorch ultralytics.nn.tasks
+    monai.networks.nets diffusers.models.modeling_utils
+""".split()
 
 
 def small_network() -> nn.Module:
@@ -20,4 +31,11 @@ def small_network() -> nn.Module:
 
 
 torch.set_num_threads(1)
-measure(Entry("sweep", "warm-up", small_network, image(8)))
+logging.disable(logging.WARNING)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import_torchvision()
+    for library in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    measure(Entry("sweep", "warm-up", small_network, image(8)))
