@@ -1,12 +1,13 @@
 """What the sweep finds out about one model."""
 
+import contextlib
 import copy
 import itertools
 import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,35 @@ def _sweep(entry: Entry, row: Row, stages: _Stages) -> None:
     model = stages.run("build", lambda: randomize(entry.build(), inputs))
     row["parameters"] = sum(p.numel() for p in model.parameters())
     stages.run("run", lambda: _run(model, inputs))
-    traced = stages.run("capture", lambda: fp.trace(model, inputs))
-    row["frontend"] = traced.frontend
+    with _exporting() as exports:
+        traced = stages.run("capture", lambda: fp.trace(model, inputs))
+    row["frontend"], row["why"] = traced.frontend, traced.why[:400]
+    row["export_seconds"] = round(sum(exports), 4)
     row["nodes"], row["operators"] = len(traced.graph_module.graph.nodes), len(traced.records)
     deps = stages.run("analyze", lambda: fp.analyze(traced))
     row |= facts(deps)
     row["baseline"] = stages.run("baseline", lambda: _baseline(traced))
     stages.run("prune", lambda: _prune(row, traced, deps, inputs, stages))
     stages.run("half", lambda: _half_of_every_group(row, traced, deps))
+
+
+@contextlib.contextmanager
+def _exporting() -> Iterator[list[float]]:
+    """CPU seconds of every call of ``torch.export.export`` inside."""
+    export, seconds = torch.export.export, list[float]()
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return export(*args, **kwargs)
+        finally:
+            seconds.append(time.process_time() - start)
+
+    torch.export.export = timed
+    try:
+        yield seconds
+    finally:
+        torch.export.export = export
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import nn
 
+import fxprune as fp
 from examples.coverage.entry import Entry, image
 from examples.coverage.measure import measure
 from fxprune.vision import import_torchvision
@@ -39,3 +40,4 @@ with warnings.catch_warnings():
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     measure(Entry("sweep", "warm-up", small_network, image(8)))
+    fp.trace(small_network(), torch.randn(2, 3, 8, 8), frontend="export")
