@@ -1,8 +1,10 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
@@ -26,6 +28,11 @@ OPAQUE_MODULE = (
     "opaque-module",
     "the size attributes of this module class are unknown",
     "the module is one of torch.nn's layers or is traced through",
+)
+NO_GRAPH = (
+    "no-graph",
+    "the model's own code, which cannot be edited, counts channels or picks some in another order",
+    "the model can be traced or exported",
 )
 OUTPUT = (
     "network-output",
@@ -141,6 +148,9 @@ def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
     """Freeze what a graph call hides: sizes that cannot be set, modules that cannot shrink."""
+    if traced.frontend == "eager":
+        _refuse_new_operators(traced, ledger)
+        return
     nodes = {n.name: n for n in traced.graph_module.graph.nodes}
     visible = {
         ref.id
@@ -158,6 +168,33 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
         if result not in visible or gather.source not in visible:
             for factor in ledger.values.get(result, ()):
                 ledger.freeze(factor.labels, _refusal("(inside a call)", None, OPAQUE))
+    _refuse_opaque_modules(traced, ledger, nodes)
+
+
+def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
+    """Without a graph the author's code stays as it is.
+
+    Its sizes follow its inputs or attributes of its modules, which the check of the slim model will
+    tell; but it cannot pick positions anew.
+    """
+    for use in ledger.sized:
+        record = traced.records[use.record]
+        if base_name(record.op) in traced.fixed_calls:
+            ledger.freeze(use.labels, _refusal(record.scope or record.node, record.op, NO_GRAPH))
+    for result in ledger.gathers:
+        for factor in ledger.values.get(result, ()):
+            ledger.freeze(factor.labels, _refusal("forward", None, NO_GRAPH))
+    for (name, _), axis in ledger.parameters.items():
+        owner = traced.graph_module.get_submodule(name.rpartition(".")[0])
+        if type(owner).__module__.startswith("torch.nn.modules.") and (
+            not can_hold_slim_parameters(owner)
+        ):
+            ledger.freeze(axis.labels, _refusal(axis.node, None, OPAQUE_MODULE, type(owner)))
+
+
+def _refuse_opaque_modules(
+    traced: TracedModel, ledger: Ledger, nodes: Mapping[str, fx.Node]
+) -> None:
     for (name, _), axis in ledger.parameters.items():
         owner = name.rpartition(".")[0]
         node = nodes.get(axis.node)
