@@ -8,12 +8,12 @@ recordings are not called equal.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 
-from fxprune.capture.record import Recording, tree_leaves
+from fxprune.capture.record import Recording, return_aliases, tree_leaves, written_arguments
 from fxprune.capture.traced import Record, Ref, Value
 
 
@@ -23,7 +23,7 @@ def same_computation(a: Recording, b: Recording) -> bool:
     if len(a.records) != len(b.records):
         return False
     for x, y in zip(a.records, b.records, strict=True):
-        if _name(x) != _name(y) or first.read(x) != second.read(y):
+        if _name(x.op) != _name(y.op) or first.read(x) != second.read(y):
             return False
         if first.write(x) != second.write(y):
             return False
@@ -42,21 +42,16 @@ def written_state(recording: Recording) -> set[str]:
     }
 
 
-def _name(record: Record) -> tuple[str, str]:
-    name = record.op._schema.name
+@cache
+def _name(op: torch._ops.OpOverload) -> tuple[str, str]:
+    name = op._schema.name
     in_place = name.endswith("_") and not name.endswith("__")
-    return name[:-1] if in_place else name, record.op._overloadname
+    return name[:-1] if in_place else name, op._overloadname
 
 
-def _written(record: Record) -> Iterator[Ref]:
-    for position, argument in enumerate(record.op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = (
-                record.args[position]
-                if position < len(record.args)
-                else record.kwargs.get(argument.name)
-            )
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Ref))
+def _written(record: Record) -> list[Ref]:
+    written = written_arguments(record.op, record.args, record.kwargs)
+    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Ref)] if written else []
 
 
 class _Versions:
@@ -89,7 +84,7 @@ class _Versions:
 
     def write(self, record: Record) -> list[int | None]:
         """Give everything that the operator returns or writes its version."""
-        written = list(_written(record))
+        written = _written(record)
         for ref in written:
             family = self._family.get(ref.id, ref.id)
             self._stale |= self._members[family] - {ref.id}
@@ -127,8 +122,8 @@ class _Versions:
                 self._family[out.id] = family
 
 
-def _returned(record: Record) -> list[Any]:
-    returns = [r.alias_info for r in record.op._schema.returns]
+def _returned(record: Record) -> tuple[Any, ...]:
+    returns = return_aliases(record.op)
     return returns * len(record.outputs) if len(returns) == 1 else returns
 
 

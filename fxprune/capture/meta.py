@@ -6,7 +6,7 @@ have been seen before; many meta kernels are Python and take longer than all of 
 on the operator.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class MetaKernels:
         changes nothing about its operand that a meta tensor holds.
         """
         try:
-            key = (func, _key(args), _key(tuple(kwargs.items())))
+            key = (func, _key(args), _key(kwargs.items()))
             known = self._seen.get(key)
         except TypeError:  # a literal that has no hash
             return func(*args, **kwargs)
@@ -52,12 +52,17 @@ def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> to
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
-def _key(value: Any) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_key, value))
-    return type(value), value  # 1, 1.0 and True are equal but not the same literal
+def _key(args: Iterable[Any]) -> tuple[Hashable, ...]:
+    return tuple(
+        [
+            (a.shape, a.stride(), a.dtype)
+            if isinstance(a, torch.Tensor)
+            else _key(a)
+            if isinstance(a, (tuple, list))
+            else (type(a), a)  # 1, 1.0 and True are equal but not the same literal
+            for a in args
+        ]
+    )
 
 
 def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
