@@ -6,11 +6,12 @@ have been seen before; many meta kernels are Python and take longer than all of 
 on the operator.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+Args = tuple[Any, ...]
 Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -34,8 +35,10 @@ class MetaKernels:
         if known is not None:
             made = [None if spec is None else _empty(*spec) for spec in known]
             return tuple(made) if len(made) != 1 else made[0]
-        run = _SHORTCUTS.get(func, func)
-        out = run(*args, **kwargs)
+        shortcut = SHORTCUTS.get(func)
+        out = shortcut(func, args, kwargs) if shortcut is not None else None
+        if out is None:
+            out = func(*args, **kwargs)
         if not func._schema.is_mutable:
             self._remember(key, out)
         elif torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
@@ -65,16 +68,74 @@ def _key(args: Iterable[Any]) -> tuple[Hashable, ...]:
     )
 
 
-def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _plain(*tensors: torch.Tensor) -> bool:
+    """Whether all have the strides that ``torch.empty`` gives, and one floating point type."""
+    for t in tensors:
+        stride = 1
+        for size, has in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+            if has != stride:
+                return False
+            stride *= size
+        if not stride:
+            return False  # operators differ on what they do with empty tensors
+    return tensors[0].is_floating_point() and all(t.dtype == tensors[0].dtype for t in tensors)
+
+
+def _new(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def _batch_norm(func: Any, args: Args, kwargs: dict[str, Any]) -> Args | None:
     """In evaluation mode: shapes as ``native_batch_norm`` gives them on the CPU."""
-    training = rest[4]
+    x, training = args[0], args[5]
     if training:
-        result: tuple[torch.Tensor, ...] = torch.ops.aten.native_batch_norm.default(x, *rest)
-        return result
-    nothing = torch.empty(0, device="meta")
-    return torch.empty_like(x), nothing, torch.empty_like(nothing)
+        return None
+    out = _new(x, x.shape) if _plain(x) else torch.empty_like(x)
+    return out, torch.empty(0, device="meta"), torch.empty(0, device="meta")
 
 
-# PyTorch's meta kernel for batch norm is a Python decomposition into a dozen operators, and a
-# network has as many batch norms as convolutions.
-_SHORTCUTS: dict[Any, Any] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
+def _pointwise(func: Any, args: Args, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    x, shapes = tensors[0], [t.shape for t in tensors]
+    if not _plain(*tensors):
+        return None
+    if func._schema.is_mutable:
+        return x if all(shape == x.shape for shape in shapes) else None
+    return _new(x, torch.broadcast_shapes(*shapes))
+
+
+def _mean(func: Any, args: Args, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    x, dims, keepdim = args[0], args[1], len(args) > 2 and args[2]
+    if kwargs or not dims or not _plain(x):
+        return None
+    gone = {d % x.ndim for d in dims}
+    if keepdim:
+        return _new(x, [1 if k in gone else size for k, size in enumerate(x.shape)])
+    return _new(x, [size for k, size in enumerate(x.shape) if k not in gone])
+
+
+def _cat(func: Any, args: Args, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    shape = list(tensors[0].shape)
+    dim %= len(shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    rest = [(*t.shape[:dim], *t.shape[dim + 1 :]) for t in tensors]
+    return (
+        _new(tensors[0], shape) if _plain(*tensors) and rest.count(rest[0]) == len(rest) else None
+    )
+
+
+aten = torch.ops.aten
+_POINTWISE = (
+    *(aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor),
+    *(aten.relu.default, aten.relu_.default, aten.sigmoid.default, aten.hardsigmoid.default),
+    *(aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default),
+)
+# What PyTorch's meta kernels return for plainly laid out operands, or None where they have to say.
+# Many of them are Python decompositions into a dozen operators, slower than all of the recording.
+SHORTCUTS: dict[Any, Callable[[Any, Args, dict[str, Any]], Any]] = {
+    aten.native_batch_norm.default: _batch_norm,
+    aten.mean.dim: _mean,
+    aten.cat.default: _cat,
+    **dict.fromkeys(_POINTWISE, _pointwise),
+}

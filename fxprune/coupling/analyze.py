@@ -132,9 +132,7 @@ def _groups(ledger: Ledger, solution: Solution, axes: tuple[ParameterAxis, ...])
     return groups
 
 
-def _alike(
-    found: Footprints, solution: Solution
-) -> Iterator[tuple[IntArray, tuple[Refusal, ...]]]:
+def _alike(found: Footprints, solution: Solution) -> Iterator[tuple[IntArray, tuple[Refusal, ...]]]:
     """Classes with equal footprints and equal reasons, and these reasons."""
     alike: dict[tuple[bytes, tuple[Refusal, ...]], list[IntArray]] = defaultdict(list)
     for run in found.runs(apart=solution.n_channels):
