@@ -144,10 +144,14 @@ class DependencyGraph:
         digest = hashlib.sha256()
         for name, tensor in self.tensors.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        distinct = {id(axis.channels): axis.channels for axis in self.axes}
+        content = {
+            key: np.where(channels < self.n_channels, channels, -1).astype("<i8", copy=False)
+            for key, channels in distinct.items()
+        }
         for axis in self.axes:
-            channels = np.where(axis.channels < self.n_channels, axis.channels, -1)
             digest.update(f"{axis} {axis.blocks}\n".encode())
-            digest.update(channels.astype("<i8").tobytes())
+            digest.update(content[id(axis.channels)])
         return digest.hexdigest()
 
     def group(self, name: str) -> Group:
