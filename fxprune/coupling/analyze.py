@@ -10,7 +10,7 @@ from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
 from fxprune.coupling.blocks import block_sets
 from fxprune.coupling.footprints import Footprints, footprints
-from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis, Slot
+from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis
 from fxprune.coupling.labeling import label
 from fxprune.coupling.solve import Solution, solve
 from fxprune.errors import Refusal
@@ -121,14 +121,15 @@ def _groups(ledger: Ledger, solution: Solution, axes: tuple[ParameterAxis, ...])
     for channels, reasons in _alike(found, solution):
         at = found.positions(channels)
         where = {k: at[m] for m in at if m < len(arrays) for k in lying[id(arrays[m])]}
-        slots = tuple(Slot(axes[k], where[k]) for k in sorted(where))
-        if all(s.parameter.role is Role.FIXED for s in slots):
+        touched = tuple(axes[k] for k in sorted(where))
+        if all(a.role is Role.FIXED for a in touched):
             continue  # kernels and vocabularies: nobody expects channels there
-        name = _base_name(slots)
+        name = _base_name(touched)
         seen[name] += 1
         name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         nodes = sorted({n for c in channels.tolist() for n in approximate.get(c, ())})
-        groups.append(Group(name, channels, slots, reasons, tuple(nodes)))
+        positions = tuple(where[k] for k in sorted(where))
+        groups.append(Group(name, channels, touched, positions, reasons, tuple(nodes)))
     return groups
 
 
@@ -142,11 +143,11 @@ def _alike(found: Footprints, solution: Solution) -> Iterator[tuple[IntArray, tu
         yield np.concatenate(runs), reasons
 
 
-def _base_name(slots: tuple[Slot, ...]) -> str:
+def _base_name(axes: tuple[ParameterAxis, ...]) -> str:
     for roles in ((Role.PRODUCER,), (Role.DEPTHWISE,), tuple(Role)):
-        for slot in slots:
-            if slot.parameter.role in roles:
-                return slot.parameter.layer or slot.parameter.name
+        for axis in axes:
+            if axis.role in roles:
+                return axis.layer or axis.name
     return "(none)"
 
 
