@@ -20,6 +20,7 @@ class MetaKernels:
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, tuple[Spec | None, ...] | None] = {}
+        self._specs: dict[Spec, int] = {}  # numbered, because keys of numbers are small
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``func(*args, **kwargs)`` returns, as new tensors.
@@ -28,7 +29,7 @@ class MetaKernels:
         changes nothing about its operand that a meta tensor holds.
         """
         try:
-            key = (func, _key(args), _key(kwargs.items()))
+            key = (func, self._key(args), self._key(kwargs.items()))
             known = self._seen.get(key)
         except TypeError:  # a literal that has no hash
             return func(*args, **kwargs)
@@ -45,6 +46,18 @@ class MetaKernels:
             self._seen[key] = (None,)
         return out
 
+    def _key(self, args: Iterable[Any]) -> tuple[Hashable, ...]:
+        return tuple(
+            [
+                self._specs.setdefault((a.shape, a.stride(), a.dtype), len(self._specs))
+                if isinstance(a, torch.Tensor)
+                else self._key(a)
+                if isinstance(a, (tuple, list))
+                else (type(a), a)  # 1, 1.0 and True are equal but not the same literal
+                for a in args
+            ]
+        )
+
     def _remember(self, key: Hashable, out: Any) -> None:
         outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
         if outputs and all(isinstance(t, torch.Tensor) and t.is_meta for t in outputs):
@@ -53,19 +66,6 @@ class MetaKernels:
 
 def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-
-
-def _key(args: Iterable[Any]) -> tuple[Hashable, ...]:
-    return tuple(
-        [
-            (a.shape, a.stride(), a.dtype)
-            if isinstance(a, torch.Tensor)
-            else _key(a)
-            if isinstance(a, (tuple, list))
-            else (type(a), a)  # 1, 1.0 and True are equal but not the same literal
-            for a in args
-        ]
-    )
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
