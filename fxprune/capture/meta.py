@@ -21,9 +21,11 @@ class MetaKernels:
     def __init__(self) -> None:
         self._seen: dict[Hashable, tuple[Spec | None, ...] | None] = {}
         self._specs: dict[Spec, int] = {}  # numbered, because keys of numbers are small
+        self._twins: dict[int, torch.Tensor] = {}
+        self._alive: list[torch.Tensor] = []  # an id() is only unique while its object lives
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``func(*args, **kwargs)`` returns, as new tensors.
+        """What ``func(*args, **kwargs)`` returns, as new tensors, with twins of real operands.
 
         An in-place pointwise operator that has run before on such operands returns None: it
         changes nothing about its operand that a meta tensor holds.
@@ -32,14 +34,18 @@ class MetaKernels:
             key = (func, self._key(args), self._key(kwargs.items()))
             known = self._seen.get(key)
         except TypeError:  # a literal that has no hash
-            return func(*args, **kwargs)
+            key = known = None
         if known is not None:
             made = [None if spec is None else _empty(*spec) for spec in known]
             return tuple(made) if len(made) != 1 else made[0]
+        args = tuple(swap(args, self._twin))
+        kwargs = dict(zip(kwargs, swap(kwargs.values(), self._twin), strict=True))
         shortcut = SHORTCUTS.get(func)
         out = shortcut(func, args, kwargs) if shortcut is not None else None
         if out is None:
             out = func(*args, **kwargs)
+        if key is None:
+            return out
         if not func._schema.is_mutable:
             self._remember(key, out)
         elif torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
@@ -49,7 +55,7 @@ class MetaKernels:
     def _key(self, args: Iterable[Any]) -> tuple[Hashable, ...]:
         return tuple(
             [
-                self._specs.setdefault((a.shape, a.stride(), a.dtype), len(self._specs))
+                self._spec(a if a.is_meta else self._twin(a))
                 if isinstance(a, torch.Tensor)
                 else self._key(a)
                 if isinstance(a, (tuple, list))
@@ -58,10 +64,35 @@ class MetaKernels:
             ]
         )
 
+    def _spec(self, meta: torch.Tensor) -> int:
+        return self._specs.setdefault((meta.shape, meta.stride(), meta.dtype), len(self._specs))
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself if it is on the meta device, else a meta tensor like it."""
+        if tensor.is_meta:
+            return tensor
+        twin = self._twins.get(id(tensor))
+        if twin is None:
+            twin = self._twins[id(tensor)] = tensor.detach().to("meta")
+            self._alive.append(tensor)
+        return twin
+
     def _remember(self, key: Hashable, out: Any) -> None:
         outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
         if outputs and all(isinstance(t, torch.Tensor) and t.is_meta for t in outputs):
             self._seen[key] = tuple((t.shape, t.stride(), t.dtype) for t in outputs)
+
+
+def swap(args: Iterable[Any], change: Callable[[torch.Tensor], Any]) -> list[Any]:
+    """Change every tensor; everything else stays, tuples become lists."""
+    return [
+        change(a)
+        if isinstance(a, torch.Tensor)
+        else swap(a, change)
+        if isinstance(a, (list, tuple))
+        else a
+        for a in args
+    ]
 
 
 def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxprune.capture.meta import MetaKernels
+from fxprune.capture.meta import MetaKernels, swap
 from fxprune.capture.traced import Record, Ref, Value
 
 Args = tuple[Any, ...]
@@ -44,7 +44,6 @@ class Recorder(TorchDispatchMode):
         self._known = {id(t): (kind, name) for kind, name, t in named}
         self._known.update({id(t): ("input", "") for t in inputs})
         self._refs: dict[int, Ref] = {}
-        self._twins: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # an id() is only unique while its object lives
         self._written: set[int] = set()  # storages of real tensors that symbolic data went into
 
@@ -71,16 +70,14 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Record ``func`` and run it, on twins if any operand is symbolic."""
         kwargs = kwargs or {}
-        refs = tuple(_swap(args, self.ref))
-        kw_refs = dict(zip(kwargs, _swap(kwargs.values(), self.ref), strict=True))
+        refs = tuple(swap(args, self.ref))
+        kw_refs = dict(zip(kwargs, swap(kwargs.values(), self.ref), strict=True))
         mutates = bool(func._schema.is_mutable)
         symbolic = self._kernels is not None and self._needs_twins(
             _tensors([*args, *kwargs.values()]), mutates=mutates
         )
         if symbolic and self._kernels is not None:
-            twins = tuple(_swap(args, self._twin))
-            kw_twins = dict(zip(kwargs, _swap(kwargs.values(), self._twin), strict=True))
-            out = self._kernels.run(func, twins, kw_twins)
+            out = self._kernels.run(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
         if mutates:
@@ -111,15 +108,6 @@ class Recorder(TorchDispatchMode):
             if self._written and t.untyped_storage()._cdata in self._written:
                 return True
         return False
-
-    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_meta:
-            return tensor
-        twin = self._twins.get(id(tensor))
-        if twin is None:
-            twin = self._twins[id(tensor)] = tensor.detach().to("meta")
-            self._alive.append(tensor)
-        return twin
 
     def _after_write(
         self, func: Any, args: Args, kwargs: dict[str, Any], out: Any, *, symbolic: bool
@@ -165,18 +153,6 @@ def return_aliases(op: torch._ops.OpOverload) -> tuple[Any, ...]:
 
 def _as_tuple(out: Any) -> tuple[Any, ...]:
     return tuple(out) if isinstance(out, (tuple, list)) else (out,)
-
-
-def _swap(args: Iterable[Any], change: Callable[[torch.Tensor], Any]) -> list[Any]:
-    """Change every tensor; everything else stays, tuples become lists."""
-    return [
-        change(a)
-        if isinstance(a, torch.Tensor)
-        else _swap(a, change)
-        if isinstance(a, (list, tuple))
-        else a
-        for a in args
-    ]
 
 
 def _tensors(args: Iterable[Any]) -> Iterable[torch.Tensor]:

@@ -67,7 +67,8 @@ def _powers(weight: torch.Tensor, last_axis: int, power: int) -> torch.Tensor:
     weight = weight if weight.dtype.itemsize >= 4 else weight.float()
     sizes = weight.abs() if power == 1 else weight.square()
     if sizes.ndim > last_axis + 1:
-        sizes = sizes.flatten(last_axis + 1).sum(-1)
+        sizes = sizes.flatten(last_axis + 1)
+        sizes = sizes.sum(-1) if sizes.shape[-1] != 1 else sizes[..., 0]
     return sizes
 
 
