@@ -14,7 +14,7 @@ aten = torch.ops.aten
 SHAPES = ((2, 3, 5, 7), (2, 3, 1, 1), (1, 1, 5, 7), (3, 5, 7), (2, 1), (4,), (0, 3, 5, 7), ())
 TWO_OPERANDS = [op for op in SHORTCUTS if "Tensor" in op._overloadname]
 ONE_OPERAND = [
-    op for op in SHORTCUTS if op._overloadname == "default" and len(op._schema.arguments) == 1
+    op for op in SHORTCUTS if op._overloadname == "default" and torch.Tag.pointwise in op.tags
 ]
 
 
@@ -102,3 +102,36 @@ def test_the_shortcut_of_batch_norm_says_what_batch_norm_does(x: Tensor) -> None
     three = torch.ones(3)
     assert agrees(aten.native_batch_norm.default, x, *[three] * 4, False, 0.1, 1e-5)
     assert not agrees(aten.native_batch_norm.default, x, *[three] * 4, True, 0.1, 1e-5)
+
+
+CONVOLUTIONS = {  # x, weight, stride, padding, dilation, groups
+    "usual": ((2, 4, 9, 7), (6, 4, 3, 3), [2, 1], [1, 0], [1, 2], 1),
+    "pointwise": ((1, 4, 9, 7), (6, 4, 1, 1), [1, 1], [0, 0], [1, 1], 1),
+    "one site": ((3, 4, 1, 1), (6, 4, 1, 1), [1, 1], [0, 0], [1, 1], 1),
+    "one channel": ((2, 1, 5, 1), (1, 1, 3, 1), [1, 1], [1, 0], [1, 1], 1),
+    "grouped": ((2, 4, 9, 7), (6, 2, 3, 3), [1, 1], [1, 1], [1, 1], 2),
+    "depthwise": ((2, 4, 9, 7), (8, 1, 3, 3), [2, 2], [1, 1], [1, 1], 4),
+    "sequence": ((2, 4, 9), (6, 4, 3), [2], [1], [1], 1),
+    "volume": ((2, 4, 5, 9, 7), (6, 4, 3, 3, 3), [1, 2, 1], [1, 1, 0], [1, 1, 1], 1),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_the_shortcut_of_convolution_says_what_convolution_does(case) -> None:
+    shape, weight_shape, stride, padding, dilation, groups = case
+    rest = stride, padding, dilation, False, [0] * len(stride), groups
+    answered = []
+    for x, weight in itertools.product(
+        layouts(shape, torch.float32), layouts(weight_shape, torch.float32)
+    ):
+        for bias in (None, torch.ones(weight_shape[0])):
+            answered.append(agrees(aten.convolution.default, x, weight, bias, *rest))
+    assert answered[0]
+
+
+def test_a_transposed_or_impossible_convolution_is_left_to_the_operator() -> None:
+    x, weight = torch.empty(2, 4, 3, 3, device="meta"), torch.empty(4, 4, 5, 5, device="meta")
+    ones, none = [1, 1], [0, 0]
+    for transposed, groups in ((True, 1), (False, 1), (False, 2)):
+        args = (x, weight, None, ones, none, ones, transposed, none, groups)
+        assert SHORTCUTS[aten.convolution.default](aten.convolution.default, args, {}) is None

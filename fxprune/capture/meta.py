@@ -135,6 +135,17 @@ def _pointwise(func: Any, args: Args, kwargs: dict[str, Any]) -> torch.Tensor | 
     return _new(x, torch.broadcast_shapes(*shapes))
 
 
+def _convolution(func: Any, args: Args, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    if transposed or not 2 < x.ndim == weight.ndim or x.shape[1] != weight.shape[1] * groups:
+        return None  # a wrong call: the operator says what is wrong
+    per_axis = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
+    sites = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in per_axis]
+    if len(sites) != x.ndim - 2 or min(sites) < 1 or not _plain(x, weight):
+        return None
+    return _new(x, (x.shape[0], weight.shape[0], *sites))
+
+
 def _mean(func: Any, args: Args, kwargs: dict[str, Any]) -> torch.Tensor | None:
     x, dims, keepdim = args[0], args[1], len(args) > 2 and args[2]
     if kwargs or not dims or not _plain(x):
@@ -160,12 +171,14 @@ aten = torch.ops.aten
 _POINTWISE = (
     *(aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor),
     *(aten.relu.default, aten.relu_.default, aten.sigmoid.default, aten.hardsigmoid.default),
+    *(aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu_.default),
     *(aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default),
 )
 # What PyTorch's meta kernels return for plainly laid out operands, or None where they have to say.
 # Many of them are Python decompositions into a dozen operators, slower than all of the recording.
 SHORTCUTS: dict[Any, Callable[[Any, Args, dict[str, Any]], Any]] = {
     aten.native_batch_norm.default: _batch_norm,
+    aten.convolution.default: _convolution,
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
     **dict.fromkeys(_POINTWISE, _pointwise),
