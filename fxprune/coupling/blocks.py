@@ -73,8 +73,8 @@ def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[Blo
 def _rows_of(rows: IntArray, free: BoolArray) -> tuple[dict[int, int], set[int]]:
     """Row of every free class that lies in one place, and free classes that lie unevenly."""
     members, local = np.unique(rows, return_inverse=True)
-    local = local.reshape(rows.shape)
-    counts = np.stack([np.bincount(row, minlength=len(members)) for row in local])
+    cell = local.reshape(rows.shape) + np.arange(len(rows))[:, None] * len(members)
+    counts = np.bincount(cell.ravel(), minlength=len(rows) * len(members)).reshape(len(rows), -1)
     bound = np.append(free, False)[members]  # -1 is no class
     once = bound & (counts.sum(axis=0) == 1)
     uneven = bound & ~once & (counts != counts[0]).any(axis=0)
@@ -112,8 +112,9 @@ def _cut(
     in_row: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for c in members:
         cells[tuple(homes[c].items())].append(c)
-        for k, row in homes[c].items():
-            in_row[k][row] += 1
+    for key, cell in cells.items():
+        for k, row in key:
+            in_row[k][row] += len(cell)
     if any(len(rows) < len(constraints[k]) for k, rows in in_row.items()):
         return None  # a row without a movable channel
     cut = tuple(tuple(cell) for cell in cells.values())

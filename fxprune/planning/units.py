@@ -86,9 +86,10 @@ def _ranked(
 def _bundles(deps: DependencyGraph, scores: FloatArray, removable: BoolArray) -> list[Members]:
     """The k-th weakest channels of all blocks that must lose equally many, together."""
     bundles = []
+    score, may_go = scores.tolist(), removable.tolist()
     for block in deps.blocks:
         ranked = [
-            sorted((c for c in cell if removable[c]), key=lambda c: (scores[c], c))
+            sorted((c for c in cell if may_go[c]), key=lambda c: (score[c], c))
             for cell in block.cells
         ]
         count = min(len(r) // step for r, step in zip(ranked, block.steps, strict=True))
