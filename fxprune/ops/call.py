@@ -120,7 +120,7 @@ UNKNOWN_INDEX = (
 )
 JOINT = (
     "joint-reshape",
-    "a reshape takes a channel axis apart and this operator uses only some of the parts",
+    "a reshape takes a channel axis apart and its parts are used in ways that tie all of it",
     "all parts are used alike, or the parts are taken with split or chunk",
 )
 
@@ -174,7 +174,7 @@ class Call:
 
     def settle(self, factor: Factor, keep: int | None = None) -> Factor:
         """Reduce a joint factor to one axis (see ``Ledger.settle``)."""
-        return self.ledger.settle(factor, self.refusal(*JOINT), keep)
+        return self.ledger.settle(factor, keep)
 
     def freeze(self, labels: IntArray, code: str, why: str, need: str) -> None:
         """Freeze labels, giving this operator as the place."""

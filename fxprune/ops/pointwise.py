@@ -2,7 +2,7 @@
 
 import torch
 
-from fxprune.ops.call import UNTRACKED, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Role
 
@@ -69,9 +69,10 @@ def _meet(call: Call, operands: list[Operand], axis: int) -> IntArray | None:
         return None
     for operand, at in parameters:
         operand.adopt(at, labels, Role.AFFINE if tracked else Role.FIXED)
-    if len(tracked) < len(others):
-        call.freeze(labels, *UNTRACKED)
-    return labels
+    if len(tracked) == len(others):
+        return labels
+    call.freeze(labels, *(UNTRACKED if tracked else FIXED_AXIS))
+    return labels if tracked else None
 
 
 def is_pointwise(op: torch._ops.OpOverload) -> bool:
