@@ -1,4 +1,4 @@
-"""Shortcuts of the recorder's kernels: where they answer, they say what the operator really does."""
+"""Shortcuts of the recorder's kernels: what they answer is what the operator really does."""
 
 from __future__ import annotations
 

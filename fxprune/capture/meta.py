@@ -34,23 +34,23 @@ class MetaKernels:
             key = (func, self._key(args), self._key(kwargs.items()))
             known = self._seen.get(key)
         except TypeError:  # a literal that has no hash
-            key = known = None
+            return self._compute(func, args, kwargs)
         if known is not None:
             made = [None if spec is None else _empty(*spec) for spec in known]
             return tuple(made) if len(made) != 1 else made[0]
-        args = tuple(swap(args, self._twin))
-        kwargs = dict(zip(kwargs, swap(kwargs.values(), self._twin), strict=True))
-        shortcut = SHORTCUTS.get(func)
-        out = shortcut(func, args, kwargs) if shortcut is not None else None
-        if out is None:
-            out = func(*args, **kwargs)
-        if key is None:
-            return out
+        out = self._compute(func, args, kwargs)
         if not func._schema.is_mutable:
             self._remember(key, out)
         elif torch.Tag.pointwise in func.tags and isinstance(out, torch.Tensor):
             self._seen[key] = (None,)
         return out
+
+    def _compute(self, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+        twins = tuple(swap(args, self._twin))
+        kw_twins = dict(zip(kwargs, swap(kwargs.values(), self._twin), strict=True))
+        shortcut = SHORTCUTS.get(func)
+        out = shortcut(func, twins, kw_twins) if shortcut is not None else None
+        return func(*twins, **kw_twins) if out is None else out
 
     def _key(self, args: Iterable[Any]) -> tuple[Hashable, ...]:
         return tuple(

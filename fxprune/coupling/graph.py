@@ -153,7 +153,7 @@ class DependencyGraph:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         distinct = {id(axis.channels): axis.channels for axis in self.axes}
         content = {
-            key: np.where(channels < self.n_channels, channels, -1).astype("<i8", copy=False)
+            key: np.where(channels < self.n_channels, channels, -1).astype("<i8").tobytes()
             for key, channels in distinct.items()
         }
         for axis in self.axes:
