@@ -24,6 +24,10 @@ class MetaKernels:
         self._twins: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # an id() is only unique while its object lives
 
+    def forget_twins(self) -> None:
+        """Start a run: what an earlier one wrote in place is undone."""
+        self._twins.clear()
+
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``func(*args, **kwargs)`` returns, as new tensors, with twins of real operands.
 

@@ -41,6 +41,8 @@ class Recorder(TorchDispatchMode):
         self.records: list[Record] = []
         self.values: list[Value] = []
         self._kernels = kernels
+        if kernels is not None:
+            kernels.forget_twins()
         self._known = {id(t): (kind, name) for kind, name, t in named}
         self._known.update({id(t): ("input", "") for t in inputs})
         self._refs: dict[int, Ref] = {}
