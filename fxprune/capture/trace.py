@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.capture.attention import plain_attention
 from fxprune.capture.compare import same_computation, written_state
 from fxprune.capture.export import export_graph
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
+from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
@@ -51,7 +51,7 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
     _check_initialised(named)
     _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
-    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)), plain_attention():
+    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)), plain_kernels():
         eager, kernels = _record_eager(model, inputs, named)
         session = _Session(model, inputs, named, eager, kernels)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
@@ -264,7 +264,9 @@ def _check_finite(named: list[Named]) -> None:
     if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
         return
     for kind, name, tensor in tensors:
-        bad = int((~torch.isfinite(tensor)).sum())
+        # A buffer may hold infinite bounds, or the mask of an attention.
+        wrong = torch.isnan(tensor) if kind == "buffer" else ~torch.isfinite(tensor)
+        bad = int(wrong.sum())
         if bad:
             raise NonFiniteError(
                 f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or "

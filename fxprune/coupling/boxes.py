@@ -19,16 +19,21 @@ Pairs = tuple[IntArray, IntArray]
 def box_equations(component: IntArray, boxes: Sequence[Box]) -> list[Pairs]:
     """Pairs of labels to equate so that the boxes hold; none if they hold already.
 
+    Large boxes go first, and boxes that share classes with one that went wait for the next call:
+    they may hold by then.
+
     Args:
         component: class of every label.
         boxes: the constraints.
     """
-    found = []
-    for box in boxes:
+    found: list[Pairs] = []
+    merged = np.zeros(int(component.max(initial=-1)) + 1, dtype=bool)
+    for box in sorted(boxes, key=lambda box: -box.labels.size):
         classes = component[box.labels]
         ties = [_ties(classes, axis) for axis in range(classes.ndim)]
-        if all(len(a) for a, _ in ties):
+        if all(len(a) for a, _ in ties) and not merged[classes].any():
             a, b = max(ties, key=lambda pair: _classes_left(classes, pair))
+            merged[classes] = True
             found.append((_labels_of(a, classes, box.labels), _labels_of(b, classes, box.labels)))
     return found
 

@@ -72,9 +72,7 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
             new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
             new = Factor(new.axes, new.labels)
-        if len(new.axes) > 1 and new.origin is None:
-            new = call.settle(new)
-        moved.append(new)
+        moved.append(call.boxed(new) if new.origin is None else new)
     return _disjoint(call, operand, moved)
 
 
@@ -97,18 +95,24 @@ def _merges_out_of_order(call: Call, factor: Factor, new: Factor, ndim: int) -> 
 
 
 def _disjoint(call: Call, operand: Operand, factors: list[Factor]) -> Labels:
-    """Two factors on one axis (an outer product, flattened) cannot be followed further."""
-    reason = FIXED_AXIS if operand.weight else _PRODUCT
-    seen: dict[int, Factor] = {}
+    """Two factors on one axis (an outer product, flattened) cannot be followed further.
+
+    Of a weight the first one is: where a kernel is flattened, only its channels matter.
+    """
+    held: dict[int, Factor] = {}
     clash: set[int] = set()
     for factor in factors:
-        for axis in factor.axes:
-            if axis in seen:
-                call.freeze(factor.labels, *reason)
-                call.freeze(seen[axis].labels, *reason)
-                clash.add(axis)
-            seen[axis] = factor
-    return tuple(f for f in factors if not clash & set(f.axes))
+        taken = [axis for axis in factor.axes if axis in held]
+        if taken and operand.weight:
+            call.freeze(factor.labels, *FIXED_AXIS)
+            continue
+        for axis in taken:
+            call.freeze(factor.labels, *_PRODUCT)
+            call.freeze(held[axis].labels, *_PRODUCT)
+        clash.update(taken)
+        held.update(dict.fromkeys(factor.axes, factor))
+    kept = dict.fromkeys(held.values())
+    return tuple(f for f in kept if not clash & set(f.axes))
 
 
 _PRODUCT = (
@@ -360,6 +364,14 @@ def roll(call: Call) -> tuple[Labels, ...]:
     return (arrived(call, tuple(moved)),)
 
 
+def unfold(call: Call) -> tuple[Labels, ...]:
+    """``Tensor.unfold``: windows over one axis, which become a new last axis."""
+    x = call["self"]
+    axis = call["dimension"] % len(x.shape)
+    kept = x.confined(set(range(len(x.shape))) - {axis})
+    return (tuple(Factor((a,), labels) for a, labels in kept.items()),)
+
+
 def channel_shuffle(call: Call) -> tuple[Labels, ...]:
     """One operator for reshape, transpose, reshape: a gather."""
     x, groups = call["self"], call["groups"]
@@ -390,6 +402,7 @@ RULES: dict[str, Rule] = {
     "aten::index_select": index_select,
     "aten::index": index,
     "aten::flip": flip,
+    "aten::unfold": unfold,
     "aten::roll": roll,
     "aten::channel_shuffle": channel_shuffle,
     "aten::native_channel_shuffle": channel_shuffle,

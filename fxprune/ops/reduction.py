@@ -57,7 +57,7 @@ def _read(call: Call, axis: int, factor: Factor) -> None:
         call.ledger.reads.append(read)
         call.ledger.nonempty.append(factor.labels)
     else:
-        _statistic(call, "self", axis, factor.labels)
+        statistic(call, "self", axis, factor.labels)
 
 
 def mixing(axes: Callable[[Call], set[int]]) -> Rule:
@@ -82,14 +82,24 @@ def mixing(axes: Callable[[Call], set[int]]) -> Rule:
 def softmax(call: Call) -> tuple[Labels, ...]:
     """Along channels, the share of each is taken among the kept ones."""
     x: Operand = call["self"]
-    found = x.axes()
     axis = call["dim"] % max(len(x.shape), 1)
-    if axis in found:
-        _statistic(call, "self", axis, found[axis])
-    return (tuple(Factor((a,), labels) for a, labels in found.items()),)
+    factors = _settled_apart(call, x, {axis})
+    for factor in factors:
+        if axis in factor.axes:
+            statistic(call, "self", axis, factor.labels)
+    return (factors,)
 
 
-def _statistic(call: Call, argument: str, axis: int, labels: IntArray) -> None:
+def _settled_apart(call: Call, x: Operand, axes: set[int]) -> Labels:
+    """Factors over one axis each; of joint ones an axis on which no statistic is taken."""
+    return tuple(
+        call.settle(f, *[a for a in f.axes if a not in axes][:1]) if len(f.axes) > 1 else f
+        for f in x.labels
+    )
+
+
+def statistic(call: Call, argument: str, axis: int, labels: IntArray) -> None:
+    """Note that an operator takes a statistic over a channel axis of an operand."""
     read = ChannelRead(call.index, call.node, argument, axis, labels, exact=False)
     call.ledger.reads.append(read)
     call.ledger.nonempty.append(labels)
@@ -99,19 +109,18 @@ def layer_norm(call: Call) -> tuple[Labels, ...]:
     """Mean and variance over the last axes are taken over the kept channels."""
     x: Operand = call["input"]
     first = len(x.shape) - len(call["normalized_shape"])
-    found = x.axes()
+    factors = _settled_apart(call, x, set(range(first, len(x.shape))))
+    found = {f.axes[0]: f.labels for f in factors}
     for axis in range(first, len(x.shape)):
         labels = found.get(axis)
         affine = [(n, o) for n in ("weight", "bias") if isinstance(o := call.get(n), Operand)]
         _adopt_affine(call, affine, axis - first, labels)
         if labels is not None:
-            _statistic(call, "input", axis, labels)
+            statistic(call, "input", axis, labels)
             for name, _ in affine:
-                _statistic(call, name, axis - first, labels)
+                statistic(call, name, axis - first, labels)
             call.sized((Factor((axis,), labels),))
-    return (tuple(Factor((a,), labels) for a, labels in found.items()),) + ((),) * (
-        len(call.results) - 1
-    )
+    return (factors, *((),) * (len(call.results) - 1))
 
 
 def _adopt_affine(
@@ -137,9 +146,9 @@ def group_norm(call: Call) -> tuple[Labels, ...]:
         if groups > 1:
             blocks = channels.reshape(groups, -1)
             call.ledger.blocks.append(Blocks(blocks, call.node, "aten.group_norm"))
-        _statistic(call, "input", 1, channels)
+        statistic(call, "input", 1, channels)
         for name, _ in affine:
-            _statistic(call, name, 0, channels)
+            statistic(call, name, 0, channels)
     kept = tuple(Factor((a,), found) for a, found in labels.items())
     return (kept, *((),) * (len(call.results) - 1))
 

@@ -150,6 +150,12 @@ ADAPTIVE: frozenset[Any] = frozenset(
         nn.PReLU,
         torch.einsum,
         F.scaled_dot_product_attention,
+        nn.LSTM,
+        nn.GRU,
+        nn.RNN,
+        nn.LSTMCell,
+        nn.GRUCell,
+        nn.RNNCell,
         F.adaptive_avg_pool2d,
         F.adaptive_avg_pool3d,
         nn.AdaptiveAvgPool2d,
@@ -161,7 +167,8 @@ ADAPTIVE: frozenset[Any] = frozenset(
             for name in (
                 "flatten unsqueeze unbind repeat_interleave glu linear matmul einsum zeros_like "
                 "ones_like broadcast_tensors instance_norm batch_norm group_norm prelu bmm "
-                "scaled_dot_product_attention adaptive_avg_pool2d adaptive_avg_pool3d"
+                "scaled_dot_product_attention adaptive_avg_pool2d adaptive_avg_pool3d "
+                "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
             ).split()
         ),
     }
@@ -189,6 +196,14 @@ MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
     nn.Embedding: (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1)),
     nn.PReLU: (("num_parameters", "weight", 0),),
     nn.GroupNorm: (("num_channels", "weight", 0),),
+    **dict.fromkeys(
+        (nn.LSTM, nn.GRU, nn.RNN),
+        (("input_size", "weight_ih_l0", 1), ("hidden_size", "weight_hh_l0", 1)),
+    ),
+    **dict.fromkeys(
+        (nn.LSTMCell, nn.GRUCell, nn.RNNCell),
+        (("input_size", "weight_ih", 1), ("hidden_size", "weight_hh", 1)),
+    ),
     nn.LayerNorm: (),  # normalized_shape: as a call, for layers without parameters too
     nn.RMSNorm: (),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (("out_channels", "weight", 0),)),

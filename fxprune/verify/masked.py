@@ -283,7 +283,13 @@ NORMALISATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
     "aten::native_layer_norm": _narrow_shape,
     "aten::native_group_norm": _narrow_count,
     **dict.fromkeys(
-        ("aten::_softmax", "aten::_log_softmax", "aten::_safe_softmax"), lambda arguments: None
+        (
+            "aten::_softmax",
+            "aten::_log_softmax",
+            "aten::_safe_softmax",
+            "aten::native_batch_norm",
+        ),
+        lambda arguments: None,
     ),
 }
 
