@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from fxprune.planning.plan import AxisPlan
@@ -17,24 +18,29 @@ def slim_tensors(
     gradients are not copied. A tensor that several names share is copied once.
     """
     by_name: dict[str, list[AxisPlan]] = defaultdict(list)
+    indices: dict[int, torch.Tensor] = {}  # by ``id``: axes share what is kept of them
     for axis in axes:
         by_name[axis.name].append(axis)
+        if id(axis.kept) not in indices:
+            indices[id(axis.kept)] = torch.from_numpy(np.array(axis.kept, dtype=np.int64))
     copies: dict[int, torch.Tensor] = {}
     for name, tensor in named:
         if id(tensor) in copies:
             continue
-        data = slim_tensor(tensor.detach(), by_name.get(name, ()))
+        data = _slim_tensor(tensor.detach(), by_name.get(name, ()), indices)
         if isinstance(tensor, torch.nn.Parameter):
             data = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
         copies[id(tensor)] = data
     return copies
 
 
-def slim_tensor(tensor: torch.Tensor, axes: Iterable[AxisPlan]) -> torch.Tensor:
+def _slim_tensor(
+    tensor: torch.Tensor, axes: Iterable[AxisPlan], indices: dict[int, torch.Tensor]
+) -> torch.Tensor:
     """A copy of one tensor with only the kept positions of every axis."""
     slim = tensor
     for axis in sorted(axes, key=lambda a: a.blocks, reverse=True):  # blocks split all old rows
-        kept = torch.tensor(axis.kept, device=tensor.device, dtype=torch.long)
+        kept = indices[id(axis.kept)].to(tensor.device)
         if axis.blocks > 1:
             slim = _select_in_blocks(slim, kept, axis.blocks)
         else:
