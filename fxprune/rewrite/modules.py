@@ -30,7 +30,7 @@ def slim_tree(
             setattr(
                 module, "num_groups" if isinstance(module, nn.GroupNorm) else "groups", groups[name]
             )
-        _set_sizes(module)
+        set_sizes(module)
     return root
 
 
@@ -81,7 +81,7 @@ def _copy_value(value: Any, memo: dict[int, object]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _set_sizes(module: nn.Module) -> None:
+def set_sizes(module: nn.Module) -> None:
     """Make size attributes say what the parameters are."""
     for attribute, name, axis in MODULE_SIZES.get(type(module), ()):
         tensor = getattr(module, name, None)
