@@ -17,27 +17,39 @@ def slim_tensors(
     Parameters stay parameters with their ``requires_grad``; dtype, device and memory format stay;
     gradients are not copied. A tensor that several names share is copied once.
     """
+    axes = list(axes)
+    indices = _indices(axes)
     by_name: dict[str, list[AxisPlan]] = defaultdict(list)
-    indices: dict[int, torch.Tensor] = {}  # by ``id``: axes share what is kept of them
     for axis in axes:
         by_name[axis.name].append(axis)
-        if id(axis.kept) not in indices:
-            indices[id(axis.kept)] = torch.from_numpy(np.array(axis.kept, dtype=np.int64))
     copies: dict[int, torch.Tensor] = {}
     for name, tensor in named:
         if id(tensor) in copies:
             continue
-        data = _slim_tensor(tensor.detach(), by_name.get(name, ()), indices)
+        data = slim_tensor(tensor.detach(), by_name.get(name, ()), indices)
         if isinstance(tensor, torch.nn.Parameter):
             data = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
         copies[id(tensor)] = data
     return copies
 
 
-def _slim_tensor(
-    tensor: torch.Tensor, axes: Iterable[AxisPlan], indices: dict[int, torch.Tensor]
+def _indices(axes: Iterable[AxisPlan]) -> dict[int, torch.Tensor]:
+    """What is kept of the axes as index tensors, by ``id``: axes share it."""
+    distinct = {id(axis.kept): axis.kept for axis in axes}
+    return {key: torch.from_numpy(np.array(kept, dtype=np.int64)) for key, kept in distinct.items()}
+
+
+def slim_tensor(
+    tensor: torch.Tensor,
+    axes: Iterable[AxisPlan],
+    indices: dict[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """A copy of one tensor with only the kept positions of every axis."""
+    """A copy of one tensor with only the kept positions of every axis.
+
+    ``indices`` holds them as tensors, if somebody made them already.
+    """
+    axes = list(axes)
+    indices = _indices(axes) if indices is None else indices
     slim = tensor
     for axis in sorted(axes, key=lambda a: a.blocks, reverse=True):  # blocks split all old rows
         kept = indices[id(axis.kept)].to(tensor.device)
