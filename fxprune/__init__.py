@@ -29,6 +29,7 @@ from fxprune.errors import (
 from fxprune.export import load, save
 from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.planning import PruningPlan, plan
+from fxprune.recovery import DependencySparsity, HierarchicalSparsity, ScaleSparsity
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -43,10 +44,12 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "DependencyGraph",
+    "DependencySparsity",
     "ExampleInputError",
     "FingerprintError",
     "FxpruneError",
     "Group",
+    "HierarchicalSparsity",
     "NonFiniteError",
     "PlanError",
     "PruneResult",
@@ -54,6 +57,7 @@ __all__ = [
     "Random",
     "Refusal",
     "RewriteError",
+    "ScaleSparsity",
     "TracedModel",
     "Verdict",
     "VerificationError",

@@ -1,0 +1,6 @@
+"""What makes a slim model good again, and what makes a model easy to prune."""
+
+from fxprune.recovery.group_penalty import DependencySparsity
+from fxprune.recovery.regularize import HierarchicalSparsity, ScaleSparsity
+
+__all__ = ["DependencySparsity", "HierarchicalSparsity", "ScaleSparsity"]
