@@ -29,7 +29,13 @@ from fxprune.errors import (
 from fxprune.export import load, save
 from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.planning import PruningPlan, plan
-from fxprune.recovery import DependencySparsity, HierarchicalSparsity, ScaleSparsity
+from fxprune.recovery import (
+    DependencySparsity,
+    Distillation,
+    FeatureMatching,
+    HierarchicalSparsity,
+    ScaleSparsity,
+)
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -45,7 +51,9 @@ __all__ = [
     "CaptureError",
     "DependencyGraph",
     "DependencySparsity",
+    "Distillation",
     "ExampleInputError",
+    "FeatureMatching",
     "FingerprintError",
     "FxpruneError",
     "Group",
