@@ -33,8 +33,10 @@ from fxprune.recovery import (
     DependencySparsity,
     Distillation,
     FeatureMatching,
+    FinetuneResult,
     HierarchicalSparsity,
     ScaleSparsity,
+    finetune,
 )
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
@@ -54,6 +56,7 @@ __all__ = [
     "Distillation",
     "ExampleInputError",
     "FeatureMatching",
+    "FinetuneResult",
     "FingerprintError",
     "FxpruneError",
     "Group",
@@ -70,6 +73,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "analyze",
+    "finetune",
     "load",
     "plan",
     "prune",

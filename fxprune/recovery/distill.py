@@ -117,10 +117,12 @@ def find_node(module: nn.Module, name: str) -> fx.Node:
             f"features can only be taken from captured models, not from {type(module).__name__}; "
             "the teacher is result.traced.graph_module"
         )
-    nodes = {n.name: n for n in module.graph.nodes if n.op != "output"}
+    nodes: dict[str, fx.Node] = {n.name: n for n in module.graph.nodes if n.op != "output"}
     calls = [n for n in nodes.values() if n.op == "call_module" and n.target == name]
-    if name in nodes or len(calls) == 1:
-        return nodes.get(name) or calls[0]
+    if name in nodes:
+        return nodes[name]
+    if len(calls) == 1:
+        return calls[0]
     if calls:
         raise ArgumentError(
             f"{name} runs {len(calls)} times; name one of {[n.name for n in calls]}"
