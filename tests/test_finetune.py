@@ -347,7 +347,7 @@ def test_features_are_matched_while_a_slim_model_is_trained() -> None:
     without = fp.finetune(pruned.model, batches, teacher=model, **options).model
     assert isinstance(with_features, torch.fx.GraphModule)
     assert with_features(data.tensors[0]).shape == (256, 3)
-    assert distance(with_features) < 0.1 * min(distance(without), distance(pruned.model))
+    assert distance(with_features) < 0.25 * min(distance(without), distance(pruned.model))
 
 
 def test_regularizer_and_proximal_step_empty_kernels() -> None:
