@@ -30,13 +30,18 @@ from fxprune.export import load, save
 from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.planning import PruningPlan, plan
 from fxprune.recovery import (
+    HGSR,
     DependencySparsity,
     Distillation,
     FeatureMatching,
     FinetuneResult,
+    GreedyLoss,
+    GreedyOrder,
+    HGSRResult,
     HierarchicalSparsity,
     ScaleSparsity,
     finetune,
+    reinitialized,
 )
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
@@ -45,6 +50,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CPMC",
+    "HGSR",
     "L1",
     "L2",
     "ArgumentError",
@@ -59,7 +65,10 @@ __all__ = [
     "FinetuneResult",
     "FingerprintError",
     "FxpruneError",
+    "GreedyLoss",
+    "GreedyOrder",
     "Group",
+    "HGSRResult",
     "HierarchicalSparsity",
     "NonFiniteError",
     "PlanError",
@@ -77,6 +86,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "reinitialized",
     "rewrite",
     "save",
     "trace",
