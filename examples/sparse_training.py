@@ -20,7 +20,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
@@ -86,7 +86,9 @@ def main() -> None:
     """Run the recipe and print what became of the network."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--remove", default="50%", help="channels to remove (default 50%%)")
-    parser.add_argument("--strength", type=float, default=1e-4, help="of the penalty")
+    parser.add_argument(
+        "--strength", type=float, default=3e-4, help="of the penalty (default 3e-4)"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="of every training (default 20)")
     parser.add_argument("--step-size", type=int, default=4, help="channels per round (default 4)")
     parser.add_argument("--folder", type=Path, help="for checkpoints; none by default")

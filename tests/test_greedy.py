@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
 from fxprune.planning.build import describe
+from fxprune.recovery import masking
 from fxprune.recovery.greedy import last_convolution
 from fxprune.recovery.hgsr import first_samples, plan_of
 from fxprune.recovery.masking import MaskedLoss
@@ -123,6 +124,41 @@ def test_networks_that_cannot_be_batched_are_measured_all_the_same(make, way) ->
     found = measured.without_each(alive, group, group.channels)
     expected = [rebuilt_loss(deps, x, [c]) for c in group.channels.tolist()]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-11)
+
+
+def test_a_layer_that_works_in_place_does_not_spoil_the_next_candidates() -> None:
+    class InPlaceLater(nn.Module):
+        """``x`` is read by ``read`` first, then overwritten."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.read = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+            self.again, self.head = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            y = self.read(x)
+            return self.head((y + self.again(x.mul_(0.5))).relu())
+
+    model = randomize(InPlaceLater().double()).eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    deps = analysed(model, x)
+    measured = MaskedLoss(deps, x, None, squares, at_once=2)
+    group = deps.group("conv")
+    assert measured.way(group) != "exact"
+    alive = np.ones(deps.n_channels, dtype=bool)
+    for way in ("batched", "single"):
+        measured._ways[group.name] = way
+        found = measured.without_each(alive, group, group.channels)
+        expected = [rebuilt_loss(deps, x, [c]) for c in group.channels.tolist()]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-11)
+
+
+def test_large_values_are_not_batched_and_measured_alike(monkeypatch) -> None:
+    monkeypatch.setattr(masking, "_FEWEST", 10**9)
+    worst, ways = errors_of("residual")
+    assert worst < 1e-11
+    assert set(ways) == {"batched"}
 
 
 def test_masks_on_the_wrong_columns_are_noticed_and_not_used(monkeypatch) -> None:

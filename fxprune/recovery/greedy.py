@@ -75,7 +75,7 @@ class GreedyLoss:
         signed: prefer channels whose absence lowers the loss, instead of ``|change|``.
         reference: changes are measured from the ``original`` loss, or from the ``last`` round's.
         skip_last: leave out what the last convolution makes, as in the paper.
-        at_once: candidates per forward pass, where the network can be batched over them.
+        at_once: candidates per forward pass at most, where batching them saves time.
         progress: show a progress bar on stderr, if that is a terminal.
     """
 

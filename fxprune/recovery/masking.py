@@ -2,21 +2,22 @@
 
 A channel is off when everything that reads it gets zero: behind batch norm and activation, at each
 reader. Where only weights read a channel, that is a zero column in each of them, so a candidate is
-a set of weights, and many are run at once by ``torch.vmap``: up to the first reader the candidates
-of a group share all computation. Where something else reads it (a mean over channels, a product
-of activations), the verifier's masked run is used, one candidate at a time. Which of the two a
-group needs is found out by trying: the fast way has to agree with the masked run.
+a set of weights. The candidates of a group share everything up to their first reader, which is
+computed once, and several are run from there at a time by ``torch.vmap``. Where something else
+reads the channel (a mean over channels, a product of activations), the verifier's masked run is
+used, one candidate at a time. Which of the two a group needs is found out by trying: the fast way
+has to agree with the masked run.
 """
 
+import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import bind_inputs
@@ -26,9 +27,12 @@ from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
 from fxprune.planning.budget import BoolArray
 from fxprune.planning.build import describe
+from fxprune.recovery.split import Split, run_part, split_at
 from fxprune.verify.guard import undisturbed
 from fxprune.verify.masked import channel_reads, run_masked
 
+# Measured on a CPU: batches of values of a megabyte and more are slower than one after another.
+_MOST_BYTES, _FEWEST = 2**24, 16
 _AGREE = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
@@ -47,7 +51,7 @@ class MaskedLoss:
         inputs: a batch, in the form of example inputs.
         targets: what ``loss`` compares the output with.
         loss: from (output, targets) to a scalar.
-        at_once: how many candidates to run in one pass.
+        at_once: how many candidates to run in one pass at most; fewer where values are large.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class MaskedLoss:
             if axis.role is Role.CONSUMER:
                 self._readers[axis.name].append(axis)
         self._ways: dict[str, str] = {}
+        self._splits: dict[str, Split] = {}
 
     def whole(self, alive: BoolArray) -> float:
         """The loss when the channels marked in ``alive``, [n_channels], are on.
@@ -86,64 +91,87 @@ class MaskedLoss:
             candidates: channel numbers.
         """
         with undisturbed(self.model):
-            way = self._ways.get(group.name) or self._ways.setdefault(
-                group.name, self._find_way(group)
-            )
-            found = []
-            for part in np.array_split(candidates, -(-len(candidates) // self.at_once)):
-                masks = np.repeat(alive[None], len(part), 0)
-                masks[np.arange(len(part)), part] = False
-                outputs = self._outputs(way, group, masks)
-                found += [self.loss(output, self.targets).double() for output in outputs]
+            way = self._way(group)
+            masks = np.repeat(alive[None], len(candidates), 0)
+            masks[np.arange(len(candidates)), candidates] = False
+            outputs = self._outputs(way, group, masks)
+            found = [self.loss(output, self.targets).double() for output in outputs]
         return torch.stack(found).cpu()
 
     def way(self, group: Group) -> str:
         """How the candidates of a group are run: ``batched``, ``single`` or ``exact``."""
         with undisturbed(self.model):
-            return self._ways.get(group.name) or self._find_way(group)
+            return self._way(group)
 
-    def _find_way(self, group: Group) -> str:
+    def _way(self, group: Group) -> str:
         """The fastest way that gives what the masked run gives, on two different masks."""
+        if group.name in self._ways:
+            return self._ways[group.name]
         masks = np.ones((2, self.deps.n_channels), dtype=bool)
         masks[0, group.channels[::2]] = False
         masks[1, group.channels[: (group.width + 1) // 2]] = False
         expected = [self._exact(alive) for alive in masks]
+        self._ways[group.name] = "exact"
         for way in ("batched", "single"):
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("error", "There is a performance drop", UserWarning)
-                    found = self._outputs(way, group, masks)
-            except (RuntimeError, ValueError, TypeError, UserWarning):
-                continue  # the model does something that vmap cannot batch, or only by looping
+                found = list(self._outputs(way, group, masks))
+            except (RuntimeError, ValueError, TypeError):
+                continue  # the model does something that vmap cannot batch
             if all(_agree(a, b) for a, b in zip(found, expected, strict=True)):
-                return way
-        return "exact"
+                self._ways[group.name] = way
+                break
+        return self._ways[group.name]
 
-    def _outputs(self, way: str, group: Group, masks: BoolArray) -> list[Any]:
+    def _outputs(self, way: str, group: Group, masks: BoolArray) -> Iterator[Any]:
         """The model's output under each mask; masks differ in channels of ``group`` only."""
         if way == "exact":
-            return [self._exact(alive) for alive in masks]
+            yield from map(self._exact, masks)
+            return
         varied = {s.parameter.name for s in group.slots} & self._readers.keys()
-        fixed = {
-            name: self._masked(name, torch.from_numpy(masks[0]))
-            for name in self._readers.keys() - varied
-        }
-        if way == "single":
-            return [
-                self._run(fixed | {n: self._masked(n, torch.from_numpy(m)) for n in varied})
-                for m in masks
-            ]
+        if group.name not in self._splits:
+            self._splits[group.name] = split_at(self.model, varied)
+        split = self._splits[group.name]
+        alive = torch.from_numpy(masks)
+        fixed = {name: self._masked(name, alive[0]) for name in self._readers.keys() - varied}
+        shared = run_part(split.before, fixed, self.inputs)
 
         def run(alive: Tensor) -> Any:
-            return self._run(fixed | {name: self._masked(name, alive) for name in varied})
+            # A layer that works in place must not spoil what the next candidates start from.
+            values = pytree.tree_map_only(Tensor, torch.clone, shared)
+            weights = {name: self._masked(name, alive) for name in varied}
+            return run_part(split.after, fixed | weights, values)
 
-        batched = torch.vmap(run, randomness="same")(torch.from_numpy(masks))
-        leaves, structure = pytree.tree_flatten(batched)
-        rows = ([leaf[k] for leaf in leaves] for k in range(len(masks)))
-        return [pytree.tree_unflatten(row, structure) for row in rows]
+        at_once = self._at_once(split)
+        if way == "single" or at_once == 1:
+            yield from map(run, alive)
+            return
+        for part in alive.split(at_once):
+            with warnings.catch_warnings():  # an operator that vmap loops over is slow, not wrong
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                batched = torch.vmap(run, randomness="same")(part)
+            leaves, structure = pytree.tree_flatten(batched)
+            for k in range(len(part)):
+                yield pytree.tree_unflatten([leaf[k] for leaf in leaves], structure)
 
-    def _run(self, weights: Mapping[str, Tensor]) -> Any:
-        return functional_call(self.model, dict(weights), self.inputs)
+    def _at_once(self, split: Split) -> int:
+        """How many candidates to run in one pass.
+
+        Many small passes cost overhead, which batching saves. Where the values are large, there is
+        nothing to save, and batches of them leave the caches.
+        """
+        late = {node.name for node in split.after.graph.nodes}
+        values = self.deps.traced.values
+        sizes = [
+            math.prod(values[output.id].shape)
+            for record in self.deps.traced.records
+            if record.node in late
+            for output in record.outputs
+            if output is not None
+        ]
+        example = _numel(self.deps.traced.example_inputs)
+        largest = 4 * max(sizes, default=1) * _numel(self.inputs) / max(example, 1)
+        fit = int(_MOST_BYTES / max(largest, 1))
+        return min(self.at_once, fit) if fit >= _FEWEST else 1
 
     def _masked(self, name: str, alive: Tensor) -> Tensor:
         """A weight with zeros where it reads channels that are off."""
@@ -179,3 +207,7 @@ def _agree(found: Any, expected: Any) -> bool:
             if a.shape != b.shape or not bool(((a - b).abs() <= near).all()):
                 return False
     return True
+
+
+def _numel(inputs: Any) -> int:
+    return sum(t.numel() for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
