@@ -70,6 +70,7 @@ class TracedModel:
         values: every tensor of that run; ``values[ref.id]``.
         results: per graph node what it returned, tensors replaced by :class:`Ref`.
         frontend: name of the frontend that captured the graph.
+        why: why it was that one, where ``auto`` did not take its first choice.
         unused: modules and parameters that the model never uses in evaluation mode (auxiliary
             heads, say); they are not part of the graph.
         derived: what was computed from this capture once and is needed again (its dependency
@@ -83,6 +84,7 @@ class TracedModel:
     results: dict[str, Any]
     frontend: str
     unused: tuple[str, ...] = ()
+    why: str = ""
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -6,8 +6,9 @@ import torch
 
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
-from fxprune.ops.call import Call, Operand, base_name, schema_arguments
-from fxprune.ops.ledger import Ledger
+from fxprune.ops.call import JOINT, Call, Operand, base_name, schema_arguments
+from fxprune.ops.ledger import Box, Ledger, SizedUse
+from fxprune.ops.movement import VIEWS
 from fxprune.ops.registry import rule_for
 from fxprune.ops.sized_calls import can_hold_slim_parameters, can_resize
 
@@ -39,6 +40,7 @@ def label(traced: TracedModel) -> Ledger:
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
     _protect_outputs(traced, ledger)
+    _box_what_is_taken_apart(traced, ledger)
     _refuse_opaque_calls(traced, ledger)
     return ledger
 
@@ -118,8 +120,23 @@ def _protect_outputs(traced: TracedModel, ledger: Ledger) -> None:
         code, why, need = OUTPUT
         refusal = Refusal(code, output.name, "output", f"{why} ({shape})", need)
         for factor in ledger.values.get(leaf.id, ()):
-            alone = ledger.settle(factor, refusal) if len(factor.axes) > 1 else factor
+            alone = ledger.settle(factor) if len(factor.axes) > 1 else factor
             ledger.freeze(alone.labels, refusal)
+
+
+def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
+    """Tensors that hold parts of a channel axis whose parts are used one by one."""
+    if not ledger.taken_apart:
+        return
+    for index, record in enumerate(traced.records):
+        for out in record.outputs:
+            for factor in ledger.values.get(out.id, ()) if out is not None else ():
+                origin = factor.origin
+                if origin is not None and (origin.value, origin.axis) in ledger.taken_apart:
+                    refusal = _refusal(record.node, record.op, JOINT)
+                    ledger.boxes.append(Box(factor.labels, refusal))
+                    if base_name(record.op) in VIEWS:
+                        ledger.sized.append(SizedUse(index, factor.labels))
 
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:

@@ -21,13 +21,15 @@ def slim_tree(
     Args:
         graph_module: the original graph's modules.
         tensors: slim copies by ``id`` of the original tensor.
-        groups: new number of groups per convolution module whose number changes.
+        groups: new number of groups per convolution or group norm whose number changes.
     """
     memo: dict[int, object] = dict(tensors)
     root = _copy_container(graph_module, memo)
     for name, module in root.named_modules():
         if name in groups:
-            module.groups = groups[name]
+            setattr(
+                module, "num_groups" if isinstance(module, nn.GroupNorm) else "groups", groups[name]
+            )
         _set_sizes(module)
     return root
 

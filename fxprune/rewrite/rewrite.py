@@ -58,7 +58,7 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
 
 
 def _group_counts(deps: DependencyGraph, shapes: SlimShapes) -> Iterator[tuple[str, int]]:
-    """(node, kept groups) of every convolution whose groups are removed as a whole."""
+    """(node, kept groups) of every operator whose groups are removed as a whole."""
     for record, labels in deps.ledger.group_counts.items():
         yield deps.traced.records[record].node, int(shapes.kept(labels).sum())
 
@@ -167,6 +167,9 @@ class _GraphRewriter:
         if kind is Kind.PAD:
             source = values[0].id
             module.padding = tuple(slim_padding(self.shapes, source, result.id, module.padding))
+        elif kind is Kind.NORM:
+            rank = len(module.normalized_shape)
+            module.normalized_shape = self.shapes.shape(result.id)[-rank:]
         elif isinstance(module, nn.Unflatten):
             dim = module.dim % len(self.traced.values[values[0].id].shape)
             needed = self.shapes.shape(result.id)[dim : dim + len(module.unflattened_size)]
@@ -241,11 +244,11 @@ def _numeric(result: Any) -> bool:
     return bool(leaves) and all(isinstance(x, (int, float, bool)) for x in leaves)
 
 
-_GROUPS_AT = 6  # position of ``groups`` in both F.conv*d and F.conv_transpose*d
-
-
 def _set_call_groups(node: fx.Node, groups: int) -> None:
-    if len(node.args) > _GROUPS_AT:
-        node.args = (*node.args[:_GROUPS_AT], groups, *node.args[_GROUPS_AT + 1 :])
+    """``F.group_norm`` takes its groups second, convolutions of both kinds seventh."""
+    norm = "group_norm" in str(node.target)
+    at, name = (1, "num_groups") if norm else (6, "groups")
+    if len(node.args) > at:
+        node.args = (*node.args[:at], groups, *node.args[at + 1 :])
     else:
-        node.kwargs = {**node.kwargs, "groups": groups}
+        node.kwargs = {**node.kwargs, name: groups}
