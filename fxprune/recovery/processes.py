@@ -1,13 +1,47 @@
 """One process or several: what a training loop needs to know about it."""
 
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fxprune.errors import ArgumentError, FxpruneError
+
+
+class Processes(Protocol):
+    """What the loop asks of the processes that train together.
+
+    Attributes:
+        device: where this process trains.
+        rank: number of this process; the first one writes files.
+        world_size: how many there are.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def prepare(self, model: nn.Module, loader: Any) -> tuple[nn.Module, Any]:
+        """The model and the loader to train with."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add gradients, averaged over all processes."""
+        ...
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in order."""
+        ...
+
+    def agree(self, model: nn.Module) -> None:
+        """Make the buffers of all processes those of the first."""
+        ...
 
 
 class Alone:
@@ -24,7 +58,7 @@ class Alone:
         self.device = device
 
     def prepare(self, model: nn.Module, loader: Any) -> tuple[nn.Module, Any]:
-        """The model and the loader to train with."""
+        """Both as they are."""
         return model, loader
 
     def backward(self, loss: Tensor) -> None:
@@ -32,18 +66,18 @@ class Alone:
         loss.backward()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes."""
+        """The value itself."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in order."""
+        """The value alone."""
         return [value]
 
     def agree(self, model: nn.Module) -> None:
-        """Make the buffers of all processes those of the first."""
+        """Nothing to do."""
 
 
-class Together(Alone):
+class Together:
     """Data-parallel training through Hugging Face accelerate: ``torchrun`` started this process.
 
     Every process computes the gradients of its own batches; they are averaged before each step.
@@ -64,7 +98,7 @@ class Together(Alone):
         self.accelerator = Accelerator(cpu=cpu)
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
-        super().__init__(self.accelerator.device)
+        self.device = self.accelerator.device
 
     def prepare(self, model: nn.Module, loader: Any) -> tuple[nn.Module, Any]:
         """The model with averaged gradients, and this process's part of the batches.
@@ -103,7 +137,7 @@ class Together(Alone):
             buffer.copy_(broadcast(buffer.detach().clone()))
 
 
-def processes(device: torch.device | None, model: nn.Module) -> Alone:
+def processes(device: torch.device | None, model: nn.Module) -> Processes:
     """How this process was started; without ``device``, training stays where the model is.
 
     Raises:

@@ -22,7 +22,7 @@ from fxprune.recovery.optimizers import (
     make_optimizer,
     make_scheduler,
 )
-from fxprune.recovery.processes import Alone
+from fxprune.recovery.processes import Processes
 from fxprune.recovery.random_state import random_state, set_random_state
 from fxprune.verify.guard import undisturbed
 
@@ -71,7 +71,7 @@ class Run:
     running epoch, ``sum`` their losses.
     """
 
-    def __init__(self, model: nn.Module, loader: Any, settings: Settings, world: Alone) -> None:
+    def __init__(self, model: nn.Module, loader: Any, settings: Settings, world: Processes) -> None:
         self.settings = settings
         self.world = world
         self.model = model.to(world.device)
