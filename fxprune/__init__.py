@@ -26,8 +26,10 @@ from fxprune.errors import (
     RewriteError,
     VerificationError,
 )
-from fxprune.export import load, save
+from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
+from fxprune.ops import rules
+from fxprune.ops.registry import register_rule
 from fxprune.planning import PruningPlan, plan
 from fxprune.recovery import (
     HGSR,
@@ -82,12 +84,15 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "analyze",
+    "apply_plan",
     "finetune",
     "load",
     "plan",
     "prune",
+    "register_rule",
     "reinitialized",
     "rewrite",
+    "rules",
     "save",
     "trace",
     "verify",

@@ -1,14 +1,17 @@
 """``prune``: all stages in one call."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from fxprune.capture import TracedModel, trace
+from fxprune.capture.eager import FIXED_CALLS
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import VerificationError
+from fxprune.export.inplace import module_sizes, slim_copy
 from fxprune.importance import CPMC, Criterion
 from fxprune.planning import PruningPlan, plan
 from fxprune.planning.budget import Share
@@ -21,14 +24,16 @@ class PruneResult:
     """What ``prune`` gives back.
 
     Attributes:
-        model: the slim model, trainable, in the train/eval mode of the original.
+        model: the slim model, trainable, in the train/eval mode of the original: a
+            ``torch.fx.GraphModule``, or, where no graph could be captured, a pruned copy of the
+            model itself.
         plan: what was kept and removed, as data.
         verdict: result of the check against the masked original; None if it was switched off.
         deps: the dependency graph of the original.
         traced: the captured original.
     """
 
-    model: fx.GraphModule
+    model: nn.Module
     plan: PruningPlan
     verdict: Verdict | None
     deps: DependencyGraph
@@ -81,25 +86,43 @@ def prune(
         VerificationError: the slim model does not equal the masked original.
     """
     traced = trace(model, example_inputs, frontend)
-    deps = analyze(traced)
-    scores = (importance or CPMC())(deps)
-    chosen = plan(
-        deps,
-        scores,
-        flops=flops,
-        params=params,
-        ratios=ratios,
-        ignore=ignore,
-        round_to=round_to,
-        min_channels=min_channels,
-        max_ratio=max_ratio,
-    )
-    slim = rewrite(traced, chosen)
-    verdict = _verified(traced, slim, chosen) if verify else None
-    return PruneResult(slim, chosen, verdict, deps, traced)
+
+    def run(captured: TracedModel) -> PruneResult:
+        deps = analyze(captured)
+        scores = (importance or CPMC())(deps)
+        chosen = plan(
+            deps,
+            scores,
+            flops=flops,
+            params=params,
+            ratios=ratios,
+            ignore=ignore,
+            round_to=round_to,
+            min_channels=min_channels,
+            max_ratio=max_ratio,
+        )
+        slim = _slimmed(captured, chosen, model, example_inputs)
+        verdict = _verified(captured, slim, chosen) if verify else None
+        return PruneResult(slim, chosen, verdict, deps, captured)
+
+    if traced.frontend != "eager":
+        return run(traced)
+    for variant in FIXED_CALLS[:-1]:
+        with contextlib.suppress(VerificationError):
+            return run(replace(traced, fixed_calls=variant, derived={}))
+    return run(replace(traced, fixed_calls=FIXED_CALLS[-1], derived={}))
 
 
-def _verified(traced: TracedModel, slim: fx.GraphModule, chosen: PruningPlan) -> Verdict:
+def _slimmed(
+    traced: TracedModel, chosen: PruningPlan, model: nn.Module, example_inputs: Any
+) -> nn.Module:
+    """A slim graph, or where there is none a pruned copy of the model itself."""
+    if traced.frontend != "eager":
+        return rewrite(traced, chosen)
+    return slim_copy(model, chosen, module_sizes(model, chosen, example_inputs))
+
+
+def _verified(traced: TracedModel, slim: nn.Module, chosen: PruningPlan) -> Verdict:
     verdict = verify(traced, slim, chosen)
     if not verdict.ok:
         raise VerificationError(f"the slim model is not the masked original: {verdict}")

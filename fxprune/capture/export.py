@@ -6,8 +6,11 @@ An exported graph is open down to ATen: it runs where symbolic tracing fails, bu
 library layers) stays as ATen nodes that read parameters under their old names.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import io
+import logging
 import operator
 import warnings
 from collections.abc import Iterable
@@ -20,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from fxprune.capture.inputs import BoundInputs
+from fxprune.capture.inputs import BoundInputs, supplied
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.errors import CaptureError
 
@@ -30,6 +33,7 @@ _ASSERTIONS = frozenset(
     "_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range "
     "sym_constrain_range_for_size".split()
 )
+_MOVES = frozenset({torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device})
 # ATen operators that behave differently in training: which argument says so.
 _TRAINING_ARGUMENT: dict[Any, int] = {
     torch.ops.aten.dropout.default: 2,
@@ -93,9 +97,20 @@ def _exported(model: nn.Module, inputs: BoundInputs) -> ExportedProgram:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
 ) -> ExportedProgram:
-    with warnings.catch_warnings():
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    printed = io.StringIO()  # a failing export prints its half-made graph
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
         warnings.simplefilter("ignore")
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        log.setLevel(logging.ERROR)  # what goes wrong is in the exception too
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        finally:
+            log.setLevel(level)
 
 
 def _with_free_batch(
@@ -103,14 +118,15 @@ def _with_free_batch(
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
     """Arguments for an export with a free batch size; None if the inputs share no first axis.
 
-    A size of 1 would be taken for a constant, so a single example is given twice.
+    A size of 1 would be taken for a constant, and a size that the model has seen before may equal
+    one that it remembers: so the first example is given once more.
     """
     tensors = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs)) if _is_batched(t)]
     if not tensors or len({t.shape[0] for t in tensors}) != 1:
         return None
 
     def several(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if _is_batched(leaf) and leaf.shape[0] == 1 else leaf
+        return torch.cat([leaf, leaf[:1]]) if _is_batched(leaf) else leaf
 
     def free(leaf: Any) -> Any:
         return {0: Dim.AUTO} if _is_batched(leaf) else None
@@ -206,10 +222,10 @@ class _Builder:
             for node, spec in zip(placeholders, signature.input_specs, strict=True)
             if spec.kind is InputKind.USER_INPUT
         )
-        supplied = _supplied(self.model, self.inputs)
-        made = {name: self.graph.placeholder(name) for name, _ in supplied}
-        self.values = [value for _, value in supplied]
-        for name, value in supplied:
+        given = supplied(self.model, self.inputs)
+        made = {name: self.graph.placeholder(name) for name, _ in given}
+        self.values = [value for _, value in given]
+        for name, value in given:
             for path, _ in pytree.tree_flatten_with_path(value)[0]:
                 self.nodes[next(leaves)] = self._entry(made[name], path)
 
@@ -290,10 +306,21 @@ class _Builder:
             container: Any = node.args[0]
             if isinstance(self.nodes.get(container), tuple):  # of a region that was inlined
                 return self.nodes[container][node.args[1]]
+        if node.target in _MOVES:
+            return self._cast(node)
         new = self.graph.node_copy(node, self._node)
         new.meta = {}
         self._switch_with_training(node, new)
         return new
+
+    def _cast(self, node: fx.Node) -> Any:
+        """``x.to(device, dtype)`` without the device, so that the graph runs on any."""
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        x, dtype = self._node(given["self"]), given.get("dtype")
+        if dtype is None:
+            return x
+        return self.graph.call_function(torch.ops.aten.to.dtype, (x, dtype))
 
     def _inlined(self, node: fx.Node) -> Any:
         """The body of ``with torch.no_grad():`` and the like, without the region around it."""
@@ -358,17 +385,6 @@ class _Builder:
             f"it returns a {type(output).__qualname__}, which is neither a tuple, list, dict nor a "
             "dataclass (a cache of past keys is switched off with use_cache=False)"
         )
-
-
-def _supplied(model: nn.Module, inputs: BoundInputs) -> list[tuple[str, Any]]:
-    """Name and value of every argument, in the order of the call."""
-    names: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{k}" for k in range(len(inputs.args) - len(names))]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
-    return [*zip(names, inputs.args, strict=False), *inputs.kwargs.items()]
 
 
 def _sources(program: ExportedProgram) -> dict[str, tuple[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture.compare import same_computation, written_state
+from fxprune.capture.eager import NODE, eager_graph, record_modules
 from fxprune.capture.export import export_graph
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
 from fxprune.capture.kernels import plain_kernels
@@ -19,7 +20,7 @@ from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
 
-FRONTENDS = ("auto", "symbolic", "export")
+FRONTENDS = ("auto", "symbolic", "export", "eager")
 Named = tuple[str, str, torch.Tensor]  # kind, qualified name, tensor
 
 
@@ -34,8 +35,9 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         frontend: ``symbolic`` (``torch.fx.symbolic_trace``: the author's code), ``export``
-            (``torch.export``: captures nearly everything, opens attention), or ``auto``: symbolic
-            unless that fails or leaves layers opaque that export opens.
+            (``torch.export``: captures nearly everything, opens attention), ``eager`` (no graph,
+            so plans are carried out on the model's own modules), or ``auto``: symbolic unless that
+            fails or leaves layers opaque that export opens, eager where neither gives a graph.
 
     Raises:
         ExampleInputError: the model does not run on the inputs.
@@ -74,10 +76,11 @@ class _Session:
         try:
             symbolic = self.capture("symbolic")
         except CaptureError as error:
+            why = f"symbolic tracing failed: {error}"
             try:
-                return replace(self.capture("export"), why=f"symbolic tracing failed: {error}")
+                return replace(self.capture("export"), why=why)
             except CaptureError as second:
-                raise CaptureError(f"{error}. {second}") from error
+                return replace(self.capture("eager"), why=f"{why}; exporting failed: {second}")
         hidden = opaque_nodes(symbolic)
         if not hidden:
             return symbolic
@@ -89,6 +92,8 @@ class _Session:
 
     def capture(self, frontend: str) -> TracedModel:
         """Capture with one frontend and check the graph against the model."""
+        if frontend == "eager":
+            return self._without_graph()
         model, inputs = self.model, self.inputs
         if frontend == "symbolic":
             graph_module = symbolic_graph(model, inputs)
@@ -108,6 +113,19 @@ class _Session:
             results=graph.results,
             frontend=frontend,
             unused=_unused(model, self.named, held),
+        )
+
+    def _without_graph(self) -> TracedModel:
+        graph_module, inputs = eager_graph(self.model, self.inputs)
+        held = list(_named(graph_module))
+        recording = record_modules(self.model, self.inputs, held, self.kernels)
+        return TracedModel(
+            graph_module=graph_module,
+            args=inputs.placeholders,
+            records=tuple(replace(record, node=NODE) for record in recording.records),
+            values=recording.values,
+            results={NODE: recording.output, "output": recording.output},
+            frontend="eager",
         )
 
 
@@ -159,12 +177,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     state = [(t, t._version, t.clone()) for t in model.buffers() if not t.is_inference()]
     try:
-        for m, _ in modes:
-            m.training = False
+        for m, training in modes:
+            if training:
+                m.training = False
         yield
     finally:
         for m, training in modes:
-            m.training = training
+            if m.training != training:
+                m.training = training
         with torch.no_grad():
             for tensor, version, content in state:
                 if tensor._version != version:

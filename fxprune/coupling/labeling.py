@@ -1,8 +1,10 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
@@ -27,6 +29,11 @@ OPAQUE_MODULE = (
     "the size attributes of this module class are unknown",
     "the module is one of torch.nn's layers or is traced through",
 )
+NO_GRAPH = (
+    "no-graph",
+    "the model's own code, which cannot be edited, counts channels or picks some in another order",
+    "the model can be traced or exported",
+)
 OUTPUT = (
     "network-output",
     "the width of what the model returns is protected",
@@ -36,7 +43,8 @@ OUTPUT = (
 
 def label(traced: TracedModel) -> Ledger:
     """Labels, equations, roles and costs of everything one run executed."""
-    ledger = Ledger(grouped=_grouped_weights(traced))
+    buffers = frozenset(v.name for v in traced.values if v.kind == "buffer")
+    ledger = Ledger(buffers=buffers, grouped=_grouped_weights(traced))
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
     _protect_outputs(traced, ledger)
@@ -90,24 +98,24 @@ def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) 
     results = tuple(None if r is None else r.id for r in record.outputs)
     shapes = tuple(() if r is None else traced.values[r].shape for r in results)
     call = Call(index, base_name(record.op), record.node, arguments, results, shapes, ledger)
-
-    def operand(arg: Any) -> Any:
-        if isinstance(arg, Ref):
-            value = traced.values[arg.id]
-            named = value.kind in ("parameter", "buffer")
-            weight = named or arg.id in ledger.weights
-            name = value.name if named else ""
-            return Operand(arg.id, value.shape, name, weight, value.data, call)
-        if isinstance(arg, (list, tuple)):
-            return [operand(a) for a in arg]
-        return arg
-
     for position, (name, default) in enumerate(schema_arguments(record.op)):
         if position < len(record.args):
-            arguments[name] = operand(record.args[position])
+            arguments[name] = _operand(traced, call, record.args[position])
         else:
-            arguments[name] = operand(record.kwargs.get(name, default))
+            arguments[name] = _operand(traced, call, record.kwargs.get(name, default))
     return call
+
+
+def _operand(traced: TracedModel, call: Call, arg: Any) -> Any:
+    """An argument with every Ref replaced by an Operand."""
+    if isinstance(arg, Ref):
+        value = traced.values[arg.id]
+        named = value.kind in ("parameter", "buffer")
+        weight = named or arg.id in call.ledger.weights
+        return Operand(arg.id, value.shape, value.name, weight, value.data, call)
+    if isinstance(arg, (list, tuple)):
+        return [_operand(traced, call, a) for a in arg]
+    return arg
 
 
 def _protect_outputs(traced: TracedModel, ledger: Ledger) -> None:
@@ -141,6 +149,9 @@ def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
     """Freeze what a graph call hides: sizes that cannot be set, modules that cannot shrink."""
+    if traced.frontend == "eager":
+        _refuse_new_operators(traced, ledger)
+        return
     nodes = {n.name: n for n in traced.graph_module.graph.nodes}
     visible = {
         ref.id
@@ -158,12 +169,39 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
         if result not in visible or gather.source not in visible:
             for factor in ledger.values.get(result, ()):
                 ledger.freeze(factor.labels, _refusal("(inside a call)", None, OPAQUE))
+    _refuse_opaque_modules(traced, ledger, nodes)
+
+
+def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
+    """Without a graph the author's code stays as it is.
+
+    Its sizes follow its inputs or attributes of its modules, which the check of the slim model will
+    tell; but it cannot pick positions anew.
+    """
+    for use in ledger.sized:
+        record = traced.records[use.record]
+        if base_name(record.op) in traced.fixed_calls:
+            ledger.freeze(use.labels, _refusal(record.scope or record.node, record.op, NO_GRAPH))
+    for result in ledger.gathers:
+        for factor in ledger.values.get(result, ()):
+            ledger.freeze(factor.labels, _refusal("forward", None, NO_GRAPH))
     for (name, _), axis in ledger.parameters.items():
-        owner = name.rpartition(".")[0]
+        owner = traced.graph_module.get_submodule(name.rpartition(".")[0])
+        if type(owner).__module__.startswith("torch.nn.modules.") and (
+            not can_hold_slim_parameters(owner)
+        ):
+            ledger.freeze(axis.labels, _refusal(axis.node, None, OPAQUE_MODULE, type(owner)))
+
+
+def _refuse_opaque_modules(
+    traced: TracedModel, ledger: Ledger, nodes: Mapping[str, fx.Node]
+) -> None:
+    modules = dict(traced.graph_module.named_modules(remove_duplicate=False))
+    for (name, _), axis in ledger.parameters.items():
         node = nodes.get(axis.node)
         if node is None or node.op != "call_module":
             continue
-        module = traced.graph_module.get_submodule(owner)
+        module = modules[name.rpartition(".")[0]]
         if not can_hold_slim_parameters(module):
             ledger.freeze(axis.labels, _refusal(axis.node, None, OPAQUE_MODULE, type(module)))
 

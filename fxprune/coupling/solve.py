@@ -11,7 +11,7 @@ from fxprune.coupling.blocks import BoolArray, block_sets
 from fxprune.coupling.boxes import box_equations
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
-from fxprune.ops.ledger import Ledger
+from fxprune.ops.ledger import Ledger, Role
 
 UNEVEN = (
     "uneven-blocks",
@@ -45,9 +45,11 @@ def solve(ledger: Ledger) -> Solution:
         ledger.pairs.extend(extra)
         component = _components(ledger)
     n = int(component.max(initial=-1)) + 1
-    has_slot = np.zeros(n, dtype=bool)
+    has_slot, movable = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     for axis in ledger.parameters.values():
         has_slot[component[axis.labels]] = True
+        if axis.role is not Role.FIXED:  # rows of a table that nobody reads are no channels
+            movable[component[axis.labels]] = True
     frozen = np.zeros(n, dtype=bool)
     why: dict[int, dict[Refusal, None]] = defaultdict(dict)
 
@@ -64,8 +66,8 @@ def solve(ledger: Ledger) -> Solution:
     first = np.full(n, ledger.n_labels, dtype=np.int64)
     np.minimum.at(first, component, np.arange(ledger.n_labels))
     order = np.argsort(first, kind="stable")
-    prunable = order[(has_slot & ~frozen)[order]]
-    held = order[(has_slot & frozen)[order]]
+    prunable = order[(movable & ~frozen)[order]]
+    held = order[(has_slot & (frozen | ~movable))[order]]
     number = np.full(n + 1, -1, dtype=np.int64)
     number[prunable] = np.arange(len(prunable))
     number[held] = np.arange(len(prunable), len(prunable) + len(held))

@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import DependencyGraph, analyze
+from fxprune.errors import RewriteError
 from fxprune.ops.ledger import Gather
 from fxprune.ops.sized_calls import CHANNEL_NORMS, DATA_ARGUMENT, SIZED, Kind, target_of
 from fxprune.planning.check import kept_channels
@@ -36,6 +37,11 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
         PlanError: the plan contradicts itself.
         RewriteError: the plan keeps something that no tensor can hold.
     """
+    if traced.frontend == "eager":
+        raise RewriteError(
+            f"the model was captured without a graph ({traced.why or 'as asked'}), so there is "
+            "none to rewrite; apply_plan(model, plan, example_inputs) prunes its own modules"
+        )
     deps = analyze(traced)
     alive = np.append(kept_channels(deps, plan), True)
     shapes = SlimShapes(deps, alive)
