@@ -9,7 +9,7 @@
 True
 """
 
-from fxprune.api import PruneResult, prune
+from fxprune.api import PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
@@ -29,6 +29,7 @@ from fxprune.errors import (
 from fxprune.export import load, save
 from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.planning import PruningPlan, plan
+from fxprune.recovery import ReconstructionError, recalibrate
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -52,6 +53,7 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "Random",
+    "ReconstructionError",
     "Refusal",
     "RewriteError",
     "TracedModel",
@@ -61,6 +63,8 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "recalibrate",
+    "reconstruct",
     "rewrite",
     "save",
     "trace",

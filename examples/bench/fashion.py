@@ -182,9 +182,9 @@ class Net(NamedTuple):
 
 NETS = {
     "VGG": Net(vgg, 6),
-    "ResNet-20": Net(resnet20, 4),
+    "ResNet-20": Net(resnet20, 2),
     "DenseNet": Net(densenet, 6),
-    "MobileNetV2": Net(mobilenet_v2, 4),
+    "MobileNetV2": Net(mobilenet_v2, 2),
 }
 
 # --- training and testing ------------------------------------------------------------------------

@@ -26,14 +26,14 @@ class ReconstructionError:
     """How much of the output is lost with a channel, after least squares, for what it frees."""
 
     batches: Any
+    cost: str = "macs"
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""
         evidence = observe(deps, self.batches)
         readers = [r for found in evidence for r in _readers(deps, found)]
-        order = elimination_order(
-            readers, Freed(deps.macs.marginal, deps.group_of), deps.n_channels
-        )
+        cost = deps.macs if self.cost == "macs" else deps.params
+        order = elimination_order(readers, Freed(cost.marginal, deps.group_of), deps.n_channels)
         scores = np.empty(deps.n_channels)
         scores[order] = np.arange(deps.n_channels)
         return torch.from_numpy(scores)

@@ -52,10 +52,10 @@ class Layer:
         return -1 if isinstance(self.module, nn.Linear) else 1
 
     def rows(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Parts of a batch, and their rows ``[groups, n, unknowns]`` in float64."""
+        """Parts of a batch (two at least), and their rows ``[groups, n, unknowns]`` in float64."""
         x, batched = self._batched(x)
         size = self._bytes_per_sample(x)
-        step = max(1, CHUNK_BYTES // max(size, 1))
+        step = max(1, min(CHUNK_BYTES // max(size, 1), (len(x) + 1) // 2))
         for start in range(0, len(x), step):
             part = slice(start, min(start + step, len(x)))
             yield part if batched else slice(None), self._rows(x[part].double())

@@ -5,35 +5,29 @@ earlier layers are fitted already, to what the original layer gives. Source: He,
 Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, arXiv:1707.06168.
 """
 
-import operator
+import copy
+import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from tabulate import tabulate
-from torch import fx, nn
+from torch import fx
 from tqdm import tqdm
 
 from fxprune.capture.symbolic import build_graph_module
-from fxprune.capture.traced import Ref, TracedModel
-from fxprune.coupling import analyze
+from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, NonFiniteError
-from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 from fxprune.recovery.batches import collect
 from fxprune.recovery.layers import FITTED, NORMS, Layer
-from fxprune.recovery.lockstep import Lockstep
 from fxprune.recovery.moments import Moments
-from fxprune.recovery.solve import RIDGE, ridge, strength_by_folds
-from fxprune.rewrite.shapes import SlimShapes
+from fxprune.recovery.pair import Pair
+from fxprune.recovery.solve import ridge_solution, strength_by_folds
 from fxprune.verify.guard import undisturbed
 
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_FLAT_SCALE = 1e-3  # share of the largest |gamma| / std below which a channel is not corrected
-_NOTHING = 1e-12  # share of an output's energy that is rounding
+_ROUNDING = 1e-12  # share of an output's squares that rounding explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +37,7 @@ class LayerFit:
     Attributes:
         layer: qualified name.
         before: error as a share of the target's variance, with the weights the plan left.
-        after: the same with the fitted weights.
+        after: the same with the fitted weights, on the same samples.
         samples: rows of the least squares.
         unknowns: weights per output channel.
         ridge: strength of the ridge, as a share of the mean diagonal.
@@ -65,7 +59,7 @@ class Reconstruction:
 
     Attributes:
         fits: every fitted layer, in the order of the graph.
-        skipped: layers that could have been fitted and were not, with the reason.
+        skipped: layers that drift and were not fitted, with the reason.
     """
 
     fits: tuple[LayerFit, ...]
@@ -85,233 +79,156 @@ class Reconstruction:
 
 
 @torch.inference_mode(mode=False)
-def reconstruct(
-    traced: TracedModel, plan: PruningPlan, slim: fx.GraphModule, batches: Any
+def reconstruct_model(
+    traced: TracedModel,
+    plan: PruningPlan,
+    slim: fx.GraphModule,
+    batches: Any,
+    ridge: float | None = None,
 ) -> tuple[fx.GraphModule, Reconstruction]:
     """Fit the kept weights of a slim model to what the original computes, without labels.
 
-    The slim model that is given is not changed, nor is the original.
+    Neither the original nor the slim model that is given is changed.
 
     Args:
         traced: the captured original.
         plan: the plan that was followed.
         slim: what ``rewrite`` made of it.
         batches: calibration inputs, see ``collect``.
+        ridge: what holds weights to those of the plan, as a share of the mean square of what a
+            layer reads; by default chosen per layer by cross-validation.
 
     Returns:
         A copy of the slim model with fitted weights, and what was done.
 
     Raises:
-        ArgumentError: the batches do not fit the model.
+        ArgumentError: the batches do not fit the model, or ``ridge`` is negative.
         ExampleInputError: the model does not run on them.
         NonFiniteError: a batch or an activation holds NaN or infinity.
+        FingerprintError: the plan was made for another model.
     """
+    if ridge is not None and not 0 <= ridge < math.inf:
+        raise ArgumentError(f"ridge={ridge!r} has to be 0 or more, or None to choose it per layer")
     inputs = collect(batches, traced.graph_module, traced.args)
     fitted = duplicate(slim)
     with undisturbed(traced.graph_module, fitted):
-        return fitted, _Fitter(traced, plan, fitted, inputs).run()
+        found = _Fitter(Pair(traced, plan, fitted, inputs), ridge).run()
+    return fitted, found
 
 
 def duplicate(model: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph module with tensors of its own and the same ``state_dict`` names."""
-    import copy
-
     root = copy.deepcopy(model)
     copied = build_graph_module(root, root.graph, type(model).__name__, set(model.state_dict()))
-    for (_, new), (_, old) in zip(copied.named_modules(), model.named_modules(), strict=True):
-        new.training = old.training
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        module.training = modes[name]
     return copied
 
 
 class _Fitter:
-    """Walks original and slim model side by side and fits layer after layer."""
+    """Fits layer after layer in the order of the graph."""
 
-    def __init__(
-        self, traced: TracedModel, plan: PruningPlan, slim: fx.GraphModule, inputs: list[Any]
-    ) -> None:
-        deps = analyze(traced)
-        self.traced = traced
-        self.slim = slim
-        self.shapes = SlimShapes(deps, np.append(kept_channels(deps, plan), True))
-        self.now = Lockstep(slim, inputs)
-        self.then = Lockstep(traced.graph_module, inputs)
-        nodes = [n for n in slim.graph.nodes if n.op == "call_module"]
-        self.modules = {n: slim.get_submodule(str(n.target)) for n in nodes}
-        self.calls = Counter(id(m) for m in self.modules.values())
-        self.tensors = Counter(id(p) for m in set(self.modules.values()) for p in m.parameters())
-        self.absorbed: set[fx.Node] = set()
+    def __init__(self, pair: Pair, strength: float | None) -> None:
+        self.pair = pair
+        self.strength = strength
+        modules = {id(m): m for m in pair.modules.values()}.values()
+        self.owners = Counter(id(p) for m in modules for p in m.parameters())
+        self.settled: set[fx.Node] = set()  # BatchNorms that hold the intercept of a fitted layer
         self.fits: list[LayerFit] = []
         self.skipped: list[tuple[str, str]] = []
 
     def run(self) -> Reconstruction:
-        steps = tqdm(self.now, total=len(self.now), desc="reconstruct", unit="node", leave=False)
+        steps = tqdm(self.pair, total=len(self.pair), desc="reconstruct", unit="node", leave=False)
         for node in steps:
-            if node.name not in self.traced.results or node.op == "output":
-                continue
-            self.then.advance(node.name)
-            module = self.modules.get(node)
-            if isinstance(module, FITTED) and node not in self.absorbed:
-                self._fit(node, Layer(module))
+            if isinstance(self.pair.modules.get(node), FITTED) and node not in self.settled:
+                self._visit(node, Layer(self.pair.modules[node]))
         return Reconstruction(tuple(self.fits), tuple(self.skipped))
 
-    def original(self, node: fx.Node) -> list[torch.Tensor] | None:
-        """What the original's node of the same name returned, at the kept positions."""
-        ref = self.traced.results.get(node.name)
-        values = self.then.values.get(self._twin(node))
-        if values is None or not isinstance(ref, Ref):
-            return None
-        axes = range(len(self.traced.values[ref.id].shape))
-        for axis in axes:
-            kept = self.shapes.axis(ref.id, axis)
-            if not kept.all():
-                index = torch.from_numpy(np.flatnonzero(kept)).to(values[0].device)
-                values = [v.index_select(axis, index) for v in values]
-        return values
-
-    def _twin(self, node: fx.Node) -> Any:
-        if not hasattr(self, "_twins"):
-            self._twins = {n.name: n for n in self.traced.graph_module.graph.nodes}
-        return self._twins[node.name]
-
-    def _fit(self, node: fx.Node, layer: Layer) -> None:
-        why = self._unfit(node, layer)
-        residuals = self._residuals(node)
-        if residuals is None:
-            return
-        targets = self.original(node)
-        assert targets is not None
-        energy = sum(float(r.double().square().sum()) for r in residuals)
-        scale = sum(float(t.double().square().sum()) for t in targets)
-        if not np.isfinite(energy + scale):
+    def _visit(self, node: fx.Node, layer: Layer) -> None:
+        """Fit a layer if anything is missing from what it returns."""
+        missing = self.pair.missing(node)
+        spread = _spread(layer, self.pair.target(node))
+        error = sum(float(m.double().square().sum()) for m in missing)
+        if not math.isfinite(error + spread):
             raise NonFiniteError(f"{node.name} returns NaN or infinity on the calibration batches")
-        if energy <= _NOTHING * scale:
+        if error <= _ROUNDING * spread:
             return
-        if why:
+        if why := self._unfit(layer):
             self.skipped.append((str(node.target), why))
             return
-        folds = self._moments(node, layer, residuals)
-        intercept = self._intercept(node)
-        self._solve(node, layer, folds, intercept, _variance(layer, targets))
-        self.now.compute(node)
+        self._fit(node, layer, missing, spread)
+        self.pair.recompute(node)
 
-    def _unfit(self, node: fx.Node, layer: Layer) -> str:
+    def _unfit(self, layer: Layer) -> str:
         """Why a layer cannot be fitted, or ``""``."""
         module = layer.module
-        if module.weight is None or getattr(module, "running_mean", 0) is None:
-            return "has no scales or no running statistics"
-        if self.calls[id(module)] > 1 or self.tensors[id(module.weight)] > 1:
+        if module.weight is None:
+            return "it has no scales"
+        if isinstance(module, NORMS) and module.running_mean is None:
+            return "it normalises by the statistics of the batch"
+        if self.pair.calls[id(module)] > 1 or self.owners[id(module.weight)] > 1:
             return "its weights are used more than once"
-        if not module.weight.is_floating_point():
-            return f"its weights are {module.weight.dtype}"
         return ""
 
-    def _residuals(self, node: fx.Node) -> list[torch.Tensor] | None:
-        """What is missing from a node's value, per batch, drift of the shortcut included."""
-        then, now = self.original(node), self.now.values[node]
-        if then is None:
-            return None
-        missing = [a - b for a, b in zip(then, now, strict=True)]
-        scale: torch.Tensor | None = None
-        at = node
-        while len(at.users) == 1:
-            (user,) = at.users
-            module = self.modules.get(user)
-            if isinstance(module, NORMS) and module.running_mean is not None:
-                scale = _scales(module) if scale is None else scale * _scales(module)
-            elif user.target in _ADDITIONS and len(user.args) == 2 and not user.kwargs:
-                other = user.args[0] if user.args[1] is at else user.args[1]
-                drift = self._drift(other) if isinstance(other, fx.Node) and other is not at else None
-                if drift is not None and drift[0].shape == missing[0].shape:
-                    missing = [m + _undone(d, scale) for m, d in zip(missing, drift, strict=True)]
-            elif not isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
-                break
-            at = user
-        return missing
-
-    def _drift(self, other: fx.Node) -> list[torch.Tensor] | None:
-        """Original minus slim of a value that both have computed already."""
-        now = self.now.values.get(other)
-        then = self.original(other) if now is not None else None
-        if now is None or then is None:
-            return None
-        return [a - b for a, b in zip(then, now, strict=True)]
-
-    def _moments(
-        self, node: fx.Node, layer: Layer, residuals: list[torch.Tensor]
-    ) -> list[Moments]:
-        """Second moments of two halves of the samples."""
-        x = self.now.values[node.all_input_nodes[0]]
-        m = layer.weights().shape[2]
-        folds = [Moments.zeros(layer.groups, layer.unknowns, m) for _ in range(2)]
-        count = 0
-        for batch, residual in zip(x, residuals, strict=True):
-            for part, rows in layer.rows(batch):
-                folds[count % 2].add(rows, layer.targets(residual[part]))
-                count += 1
-        return folds
-
-    def _intercept(self, node: fx.Node) -> Callable[[torch.Tensor], None] | None:
-        """How to add a constant to what a layer returns, if anything can hold it."""
-        module: Any = self.modules[node]
-        if module.bias is not None and self.tensors[id(module.bias)] == 1:
-            return lambda shift: _add(module.bias, shift)
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        norm: Any = self.modules.get(user) if user is not None else None
-        if isinstance(norm, NORMS) and norm.running_mean is not None and self.calls[id(norm)] == 1:
-            assert user is not None
-            return lambda shift: _add(norm.running_mean, -shift)
-        return None
-
-    def _solve(
-        self,
-        node: fx.Node,
-        layer: Layer,
-        folds: list[Moments],
-        intercept: Callable[[torch.Tensor], None] | None,
-        variance: float,
+    def _fit(
+        self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], spread: float
     ) -> None:
+        intercept = self._intercept(node)
+        folds = self._moments(node, layer, missing)
         whole = folds[0] + folds[1]
+        moments = whole
         if intercept is not None:
-            folds = [fold.centred() for fold in folds]
-        moments = whole.centred() if intercept is not None else whole
-        strength = strength_by_folds(folds) if all(f.n > 1 for f in folds) else RIDGE
-        change = ridge(moments, strength)
-        before, after = float(whole.rr.sum()), float(moments.error(change).sum())
-        note = ""
-        if whole.n < layer.unknowns + 1:
-            note = f"too few samples: {layer.unknowns + 1} are needed"
+            moments, folds = whole.centred(), [fold.centred() for fold in folds]
+        strength = strength_by_folds(folds) if self.strength is None else self.strength
+        change = ridge_solution(moments, strength)
         layer.add_to_weights(change)
         if intercept is not None:
             shift = (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
-            intercept(shift.flatten())
-            user = next(iter(node.users), None)
-            if user is not None and isinstance(self.modules.get(user), NORMS):
-                self.absorbed.add(user)
-        fit = (before / variance, after / variance, whole.n, layer.unknowns, strength, note)
-        self.fits.append(LayerFit(str(node.target), *fit))
+            _add(*intercept, shift.flatten())
+        short = f"too few samples: at least {layer.unknowns + 1} are needed; held by the ridge"
+        before, after = float(whole.rr.sum()) / spread, float(moments.error(change).sum()) / spread
+        note = short if whole.n <= layer.unknowns else ""
+        name = str(node.target)
+        self.fits.append(
+            LayerFit(name, before, after, whole.n, layer.unknowns, strength, note)
+        )
+
+    def _moments(self, node: fx.Node, layer: Layer, missing: list[torch.Tensor]) -> list[Moments]:
+        """Second moments of two halves of the samples."""
+        outputs = layer.weights().shape[2]
+        folds = [Moments.zeros(layer.groups, layer.unknowns, outputs) for _ in range(2)]
+        count = 0
+        for x, r in zip(self.pair.values(node.all_input_nodes[0]), missing, strict=True):
+            for part, rows in layer.rows(x):
+                folds[count % 2].add(rows, layer.targets(r[part]))
+                count += 1
+        return folds
+
+    def _intercept(self, node: fx.Node) -> tuple[torch.Tensor, float] | None:
+        """What can hold a constant added to what a layer returns, and with which sign."""
+        module = self.pair.modules[node]
+        if module.bias is not None and self.owners[id(module.bias)] == 1:
+            return module.bias, 1.0
+        if len(node.users) == 1:
+            (user,) = node.users
+            norm = self.pair.modules.get(user)
+            if isinstance(norm, NORMS) and norm.running_mean is not None:
+                if self.pair.calls[id(norm)] == 1:
+                    self.settled.add(user)
+                    return norm.running_mean, -1.0
+        return None
 
 
-def _add(tensor: torch.Tensor, shift: torch.Tensor) -> None:
+def _add(tensor: torch.Tensor, sign: float, shift: torch.Tensor) -> None:
     with torch.no_grad():
-        tensor += shift.to(tensor)
+        tensor += (sign * shift).to(tensor)
 
 
-def _scales(norm: Any) -> torch.Tensor:
-    std = (norm.running_var.double() + norm.eps).sqrt()
-    return (1.0 if norm.weight is None else norm.weight.detach().double()) / std
-
-
-def _undone(drift: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """A difference behind a BatchNorm as a difference before it; 0 where it would explode."""
-    if scale is None:
-        return drift
-    flat = scale.abs() <= _FLAT_SCALE * scale.abs().max()
-    factor = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, scale))
-    return drift * factor.to(drift).view(1, -1, *[1] * (drift.dim() - 2))
-
-
-def _variance(layer: Layer, targets: list[torch.Tensor]) -> float:
-    flat = [layer.targets(t) for t in targets]
-    n = sum(t.shape[1] for t in flat)
-    total = sum(t.square().sum(1) for t in flat) - sum(t.sum(1) for t in flat).square() / n
-    return max(float(total.sum()), 1e-300)
+def _spread(layer: Layer, targets: list[torch.Tensor]) -> float:
+    """Sum of squares of the targets about their means."""
+    outputs = [layer.targets(t) for t in targets]
+    n = sum(t.shape[1] for t in outputs)
+    squares = sum(float(t.square().sum()) for t in outputs)
+    means = torch.stack([t.sum(1) for t in outputs]).sum(0) / n
+    return max(squares - n * float(means.square().sum()), 1e-300)
