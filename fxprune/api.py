@@ -115,9 +115,7 @@ def prune(
     return result if batches is None else reconstruct(result, batches)
 
 
-def reconstruct(
-    result: PruneResult, batches: Any, *, ridge: float | None = None
-) -> PruneResult:
+def reconstruct(result: PruneResult, batches: Any, *, ridge: float | None = None) -> PruneResult:
     """Fit the kept weights of a slim model to what the original computes: no training, no labels.
 
     Layer by layer, in the order of the graph: what a layer reads in the slim model, whose earlier

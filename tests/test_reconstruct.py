@@ -45,6 +45,7 @@ def least_squares(layer: nn.Module, x: Tensor, target: Tensor, *, intercept: boo
         best.append(torch.from_numpy(a @ w).view_as(y))
     return torch.stack(best, axis)
 
+
 @pytest.fixture(autouse=True)
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
@@ -135,7 +136,9 @@ def test_a_linear_layer_behind_a_flattened_map_is_fitted() -> None:
     model = chain(head, (2, 4, 3))
     x = torch.randn(200, 2, 4, 3, dtype=D)
     slim = fitted(model, x).model
-    best = least_squares(slim.get_submodule("4.1"), values(slim, x)["_4_0"], model(x), intercept=True)
+    best = least_squares(
+        slim.get_submodule("4.1"), values(slim, x)["_4_0"], model(x), intercept=True
+    )
     assert distance(slim(x), best) <= 1e-9
 
 
@@ -185,9 +188,7 @@ def test_the_last_layer_of_a_branch_makes_up_for_the_shortcut(
 ) -> None:
     model = randomize(Residual(norm()).to(D), 4).eval()
     x = torch.randn(60, 2, 7, 6, dtype=D)
-    result = fp.prune(
-        model, x[:2], ratios={"stem": 0.5, "inner": 0.6}, importance=fp.L2()
-    )
+    result = fp.prune(model, x[:2], ratios={"stem": 0.5, "inner": 0.6}, importance=fp.L2())
     result = fp.reconstruct(result, x, ridge=0)
     then, now = values(result.traced.graph_module, x), values(result.model, x)
     drift = now["relu_1"] - then["relu_1"]
@@ -271,9 +272,7 @@ def two_layers(seed: int = 6) -> tuple[nn.Sequential, Tensor]:
 def test_a_removed_copy_of_a_channel_is_added_to_the_channel_that_stays() -> None:
     model, x = two_layers()
     model[0].weight[1], model[0].bias[1] = model[0].weight[4], model[0].bias[4]
-    result = fp.prune(
-        model, x[:2], ratios={"0": 5 / 6}, importance=Keep("0", [0, 4, 2, 3, 5, 1])
-    )
+    result = fp.prune(model, x[:2], ratios={"0": 5 / 6}, importance=Keep("0", [0, 4, 2, 3, 5, 1]))
     result = fp.reconstruct(result, x, ridge=0)
     assert distance(result.model(x), model(x)) <= 1e-9
     reader = result.model.get_submodule("2")

@@ -171,8 +171,6 @@ def mobilenet_v2() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
 
-
-
 class Net(NamedTuple):
     """How to build a network, and how many epochs it trains."""
 

@@ -1,145 +1,131 @@
-"""Reconstruction error as a criterion."""
+"""``ReconstructionError``: what is lost with a channel after least squares, for what it frees."""
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
-from tqdm import tqdm
+from torch import nn
 
 from fxprune.coupling.graph import DependencyGraph
+from fxprune.errors import ArgumentError
+from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
 from fxprune.recovery.batches import collect
-from fxprune.recovery.elimination import Freed, Reader, elimination_order
-from fxprune.recovery.layers import CONVOLUTIONS, TRANSPOSED, Layer
-from fxprune.recovery.moments import Moments
-from fxprune.verify.guard import undisturbed
+from fxprune.recovery.elimination import BoolArray, Reader, elimination_order
+from fxprune.recovery.evidence import Seen, observe
 
-RIDGE = 1e-4
+_RIDGE = 1e-4  # share of the mean variance; what is weaker is not relied on to make up for others
+_COSTS = ("macs", "params")
 
 
 @dataclass(frozen=True, eq=False)
 class ReconstructionError:
-    """How much of the output is lost with a channel, after least squares, for what it frees."""
+    """Rank of a channel when channels leave one by one, the least missed first.
+
+    A channel's loss is how much more of the model's outputs changes when it goes *and everything
+    that reads it is fitted anew by least squares*; it is divided by what the channel frees. Losses
+    of different layers are comparable, because each is weighted by the squared gradient of the
+    outputs. After every channel the losses of those that remain are brought up to date, so of two
+    channels that can stand in for each other one stays.
+
+    Shapes: [n_channels], float64, 0 for the channel that leaves first. Units: none.
+    Source: the least squares of He et al., ICCV 2017, arXiv:1707.06168, searched backwards with the
+        updates of Optimal Brain Surgeon (Hassibi and Stork, NIPS 1992).
+    Differs: layers are not pruned one after the other, but all at once, under one budget.
+
+    Attributes:
+        batches: calibration inputs without labels, as ``fp.reconstruct`` takes them.
+        cost: what a channel frees: ``macs`` or ``params``.
+    """
 
     batches: Any
     cost: str = "macs"
 
+    def __post_init__(self) -> None:
+        """Refuse an unknown cost."""
+        if self.cost not in _COSTS:
+            raise ArgumentError(f"cost={self.cost!r} is unknown; choose one of {_COSTS}")
+
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""
-        evidence = observe(deps, self.batches)
-        readers = [r for found in evidence for r in _readers(deps, found)]
+        inputs = collect(self.batches, deps.traced.graph_module, deps.traced.args)
+        if not deps.n_channels:
+            return torch.zeros(0, dtype=torch.float64)
+        readers, seen = [], set()
+        for found in observe(deps.traced, inputs, _readers(deps)):
+            if found.moments is not None:
+                seen.add(f"{found.name}.weight")
+                readers += list(_as_readers(deps, found))
         cost = deps.macs if self.cost == "macs" else deps.params
-        order = elimination_order(readers, Freed(cost.marginal, deps.group_of), deps.n_channels)
+        order = elimination_order(readers, cost.marginal, deps.group_of, _unseen(deps, seen))
         scores = np.empty(deps.n_channels)
         scores[order] = np.arange(deps.n_channels)
         return torch.from_numpy(scores)
 
 
-@dataclass(slots=True, eq=False)
-class Seen:
-    """What calibration says about one layer.
-
-    Attributes:
-        name: qualified name of its module.
-        layer: the layer.
-        moments: of what it reads; targets are empty.
-        gradient: ``[outputs]``, mean square of the gradient of a random mix of the outputs.
-    """
-
-    name: str
-    layer: Layer
-    moments: Moments
-    gradient: torch.Tensor
-    n: int = 0
+def _readers(deps: DependencyGraph) -> set[str]:
+    """Layers that read prunable channels."""
+    slots = (s.parameter for g in deps.groups for s in g.slots)
+    return {p.layer for p in slots if p.role is Role.CONSUMER}
 
 
-class _Observer(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, watched: dict[str, Seen]) -> None:
-        super().__init__(module)
-        self.watched = watched
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        seen = self.watched.get(str(n.target)) if n.op == "call_module" else None
-        if seen is not None:
-            x = self.env[n.all_input_nodes[0]].detach()
-            for _, rows in seen.layer.rows(x):
-                seen.moments.add(rows, rows[..., :0])
-            result.register_hook(lambda g: self._note(seen, g))
-        return result
-
-    @staticmethod
-    def _note(seen: Seen, gradient: torch.Tensor) -> None:
-        flat = seen.layer.targets(gradient.detach()).transpose(0, 1).flatten(1)
-        seen.gradient += flat.square().sum(0).cpu()
-        seen.n += flat.shape[0]
+def _unseen(deps: DependencyGraph, seen: set[str]) -> BoolArray:
+    """Channels with a reader that calibration says nothing about, or with none, [n_channels]."""
+    found = np.ones(deps.n_channels, dtype=bool)
+    for group in deps.groups:
+        names = [s.parameter.name for s in group.slots if s.parameter.role is Role.CONSUMER]
+        found[group.channels] = not names or not seen.issuperset(names)
+    return found
 
 
-def observe(deps: DependencyGraph, batches: Any) -> list[Seen]:
-    module = deps.traced.graph_module
-    inputs = collect(batches, module, deps.traced.args)
-    readers = {a.layer for a in deps.axes if a.role is Role.CONSUMER and (a.channels < deps.n_channels).any()}
-    watched = {}
-    for name, m in module.named_modules():
-        if name in readers and isinstance(m, (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)):
-            layer = Layer(m)
-            moments = Moments.zeros(layer.groups, layer.unknowns, 0)
-            outputs = layer.weights().shape[2] * layer.groups
-            watched[name] = Seen(name, layer, moments, torch.zeros(outputs, dtype=torch.float64))
-    generator = torch.Generator().manual_seed(0)
-    with undisturbed(module), torch.enable_grad():
-        for batch in tqdm(inputs, desc="observe", unit="batch", leave=False):
-            batch = tuple(
-                x.clone().requires_grad_().clone() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                for x in batch
-            )
-            out = _Observer(module, watched).run(*batch)
-            leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-            probes = [torch.randn(t.shape, generator=generator).to(t) / t.detach().std() for t in leaves]
-            total = sum((t * p).sum() for t, p in zip(leaves, probes, strict=True))
-            torch.autograd.grad(total, [p for p in batch if isinstance(p, torch.Tensor) and p.requires_grad])
-    return list(watched.values())
-
-
-def _readers(deps: DependencyGraph, seen: Seen) -> list[Reader]:
+def _as_readers(deps: DependencyGraph, seen: Seen) -> Iterator[Reader]:
+    """The groups of a layer as readers."""
     layer = seen.layer
+    assert seen.moments is not None
     moments = seen.moments.centred()
-    n = max(moments.n, 1)
-    xx = moments.xx / n
-    lam = RIDGE * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye = torch.eye(xx.shape[1], dtype=torch.float64)
-    inverse = torch.linalg.inv(xx + lam[:, None, None] * eye)
-    weights = layer.weights().cpu()
-    cost = (seen.gradient / max(seen.n, 1) * n).reshape(layer.groups, -1)
-    made = np.full(cost.shape, -1, dtype=np.int64)
-    transposed = isinstance(layer.module, TRANSPOSED)
+    variance = moments.xx / max(moments.n, 1)
+    ridge = _RIDGE * variance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    eye = torch.eye(variance.shape[1], dtype=torch.float64)
+    inverse = torch.linalg.inv(variance + ridge[:, None, None] * eye)
+    prices = (seen.price * moments.n).reshape(layer.groups, -1)
+    made = _made(deps, seen).reshape(layer.groups, -1)
+    for b in range(layer.groups):
+        parts = tuple(_parts(deps, seen, b))
+        weights = layer.weights()[b].cpu().clone()
+        yield Reader(inverse[b].clone(), weights, prices[b].clone(), made[b], parts)
+
+
+def _made(deps: DependencyGraph, seen: Seen) -> IntArray:
+    """Prunable channel of every output of a layer, -1 where there is none."""
+    made = np.full(len(seen.squares), -1, dtype=np.int64)
     for axis in deps.axes:
         if axis.name == f"{seen.name}.weight" and axis.role is Role.PRODUCER:
-            if len(axis.channels) == made.size:
-                made = np.where(axis.channels < deps.n_channels, axis.channels, -1).reshape(made.shape)
-    kernel = 1 if isinstance(layer.module, torch.nn.Linear) else math.prod(layer.module.kernel_size)
+            if len(axis.channels) == len(made):
+                made = np.where(axis.channels < deps.n_channels, axis.channels, -1)
+    return made
+
+
+def _parts(deps: DependencyGraph, seen: Seen, block: int) -> Iterator[tuple[IntArray, IntArray]]:
+    """Channels that one group of a layer reads, and their rows among its unknowns."""
+    layer = seen.layer
+    kernel = 1 if isinstance(layer.module, nn.Linear) else math.prod(layer.module.kernel_size)
     width = layer.unknowns // kernel
-    parts: dict[int, list] = defaultdict(list)
+    by_count: dict[int, list[tuple[int, IntArray]]] = defaultdict(list)
     for group in deps.groups:
         for slot in group.slots:
             p = slot.parameter
             if p.name != f"{seen.name}.weight" or p.role is not Role.CONSUMER:
                 continue
-            for b in range(layer.groups):
-                pos = slot.positions
-                if len(p.channels) == width * layer.groups and layer.groups > 1:
-                    keep = (pos // width == b).all(1)
-                    pos, chans = pos[keep] % width, group.channels[keep]
-                else:
-                    chans = group.channels
-                if len(chans):
-                    rows = (pos[:, :, None] * kernel + np.arange(kernel)).reshape(len(pos), -1)
-                    parts[b].append((chans, rows))
-    return [
-        Reader(inverse[b].clone(), weights[b].clone(), cost[b].clone(), made[b], tuple(parts[b]))
-        for b in range(layer.groups)
-    ]
+            shared = len(p.channels) == width  # every group of the layer has columns alike
+            for channel, positions in zip(group.channels.tolist(), slot.positions, strict=True):
+                mine = positions if shared else positions[positions // width == block] % width
+                if len(mine):
+                    rows = (mine[:, None] * kernel + np.arange(kernel)).ravel()
+                    by_count[len(rows)].append((channel, rows))
+    for found in by_count.values():
+        channels = np.array([c for c, _ in found], dtype=np.int64)
+        yield channels, np.stack([rows for _, rows in found])

@@ -53,16 +53,16 @@ class Layer:
 
     def rows(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Parts of a batch (two at least), and their rows ``[groups, n, unknowns]`` in float64."""
-        x, batched = self._batched(x)
+        given, x = x, self._batched(x)
         size = self._bytes_per_sample(x)
         step = max(1, min(CHUNK_BYTES // max(size, 1), (len(x) + 1) // 2))
         for start in range(0, len(x), step):
             part = slice(start, min(start + step, len(x)))
-            yield part if batched else slice(None), self._rows(x[part].double())
+            yield part if x is given else slice(None), self._rows(x[part].double())
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
         """An output, or a difference of outputs, as ``[groups, n, outputs / groups]`` float64."""
-        y = y.double()
+        y = self._batched(y).double()
         if isinstance(self.module, nn.Linear):
             return y.reshape(1, -1, y.shape[-1])
         y = y.transpose(0, 1).flatten(1)  # [outputs, n]
@@ -91,11 +91,12 @@ class Layer:
         with torch.no_grad():
             weight.copy_((weight.double() + change.to(weight.device)).to(weight.dtype))
 
-    def _batched(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        if isinstance(self.module, (*CONVOLUTIONS, *TRANSPOSED)):
-            spatial = len(self.module.kernel_size)
-            return (x, True) if x.dim() == spatial + 2 else (x.unsqueeze(0), False)
-        return x, True
+    def _batched(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with a batch axis, which PyTorch lets callers leave out."""
+        if isinstance(self.module, NORMS):
+            return x
+        axes = 1 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size) + 1
+        return x.unsqueeze(0) if x.dim() == axes else x
 
     def _bytes_per_sample(self, x: torch.Tensor) -> int:
         positions = x[0].numel()

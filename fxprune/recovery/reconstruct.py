@@ -171,9 +171,7 @@ class _Fitter:
             return "its weights are used more than once"
         return ""
 
-    def _fit(
-        self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], spread: float
-    ) -> None:
+    def _fit(self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], spread: float) -> None:
         intercept = self._intercept(node)
         folds = self._moments(node, layer, missing)
         whole = folds[0] + folds[1]
@@ -190,9 +188,7 @@ class _Fitter:
         before, after = float(whole.rr.sum()) / spread, float(moments.error(change).sum()) / spread
         note = short if whole.n <= layer.unknowns else ""
         name = str(node.target)
-        self.fits.append(
-            LayerFit(name, before, after, whole.n, layer.unknowns, strength, note)
-        )
+        self.fits.append(LayerFit(name, before, after, whole.n, layer.unknowns, strength, note))
 
     def _moments(self, node: fx.Node, layer: Layer, missing: list[torch.Tensor]) -> list[Moments]:
         """Second moments of two halves of the samples."""
