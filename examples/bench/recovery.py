@@ -15,7 +15,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from fashion import Fashion, accuracy, add_options, calibration_images, load, trained, NETS
+from fashion import NETS, Fashion, accuracy, add_options, calibration_images, load, trained
 from tabulate import tabulate
 from torch import Tensor, nn
 

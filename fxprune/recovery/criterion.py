@@ -103,9 +103,9 @@ def _made(deps: DependencyGraph, seen: Seen) -> IntArray:
     """Prunable channel of every output of a layer, -1 where there is none."""
     made = np.full(len(seen.squares), -1, dtype=np.int64)
     for axis in deps.axes:
-        if axis.name == f"{seen.name}.weight" and axis.role is Role.PRODUCER:
-            if len(axis.channels) == len(made):
-                made = np.where(axis.channels < deps.n_channels, axis.channels, -1)
+        produces = axis.name == f"{seen.name}.weight" and axis.role is Role.PRODUCER
+        if produces and len(axis.channels) == len(made):
+            made = np.where(axis.channels < deps.n_channels, axis.channels, -1)
     return made
 
 

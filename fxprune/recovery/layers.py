@@ -46,11 +46,6 @@ class Layer:
             return int(weight.shape[0] // self.groups * math.prod(weight.shape[2:]))
         return int(weight[0].numel())
 
-    @property
-    def channel_axis(self) -> int:
-        """Axis of the output channels in what the layer returns."""
-        return -1 if isinstance(self.module, nn.Linear) else 1
-
     def rows(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Parts of a batch (two at least), and their rows ``[groups, n, unknowns]`` in float64."""
         given, x = x, self._batched(x)
@@ -70,7 +65,7 @@ class Layer:
 
     def weights(self) -> torch.Tensor:
         """``[groups, unknowns, outputs / groups]`` in float64."""
-        weight = self.module.weight.detach().double()
+        weight: torch.Tensor = self.module.weight.detach().double()
         if isinstance(self.module, TRANSPOSED):
             parts = weight.reshape(self.groups, -1, *weight.shape[1:])
             flat = parts.transpose(2, 1).flatten(2)
@@ -125,14 +120,17 @@ class Layer:
 
 def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
     shape = (1, -1, *[1] * (x.dim() - 2))
-    mean, var = module.running_mean.double(), module.running_var.double()
-    return (x - mean.view(shape)) * (var + module.eps).rsqrt().view(shape)
+    mean: torch.Tensor = module.running_mean.double().view(shape)
+    var: torch.Tensor = module.running_var.double().view(shape)
+    normalised: torch.Tensor = (x - mean) * (var + module.eps).rsqrt()
+    return normalised
 
 
 def _padded(module: Any, x: torch.Tensor) -> torch.Tensor:
     pad = module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, list(pad), mode=mode)
+    padded: torch.Tensor = F.pad(x, list(pad), mode=mode)
+    return padded
 
 
 def _windows(
@@ -153,7 +151,8 @@ def _transposed_patches(module: Any, x: torch.Tensor) -> torch.Tensor:
     spatial = len(module.kernel_size)
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros((*x.shape[:2], *sizes))
-    spread[(..., *(slice(None, None, s) for s in module.stride))] = x
+    steps: tuple[slice, ...] = tuple(slice(None, None, s) for s in module.stride)
+    spread[(slice(None), slice(None), *steps)] = x
     pad: list[int] = []
     for k in reversed(range(spatial)):
         reach = module.dilation[k] * (module.kernel_size[k] - 1) - module.padding[k]

@@ -29,7 +29,7 @@ class Lockstep:
         self._batches = batches
         self._run = fx.Interpreter(module)
         self._run.extra_traceback = False
-        self._nodes = list(module.graph.nodes)
+        self._nodes: list[fx.Node] = list(module.graph.nodes)
         self._at = 0
         self._inputs = [n for n in self._nodes if n.op == "placeholder"]
         last = {used: node for node in self._nodes for used in node.all_input_nodes}

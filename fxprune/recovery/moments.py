@@ -1,6 +1,6 @@
 """Streamed second moments: all that least squares needs to know of any number of samples."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,13 +23,16 @@ class Moments:
     rr: torch.Tensor
     x: torch.Tensor
     r: torch.Tensor
-    n: int = field(default=0)
+    n: int = 0
 
     @classmethod
     def zeros(cls, groups: int, d: int, m: int) -> "Moments":
         """Moments of no samples."""
-        sizes = ((groups, d, d), (groups, d, m), (groups, m), (groups, d), (groups, m))
-        return cls(*(torch.zeros(s, dtype=torch.float64) for s in sizes))
+
+        def empty(*sizes: int) -> torch.Tensor:
+            return torch.zeros(groups, *sizes, dtype=torch.float64)
+
+        return cls(empty(d, d), empty(d, m), empty(m), empty(d), empty(m))
 
     def add(self, x: torch.Tensor, r: torch.Tensor) -> None:
         """Add samples."""
@@ -41,8 +44,14 @@ class Moments:
         self.n += x.shape[1]
 
     def __add__(self, other: "Moments") -> "Moments":
-        parts = ((getattr(self, k), getattr(other, k)) for k in ("xx", "xr", "rr", "x", "r"))
-        return Moments(*(a + b for a, b in parts), self.n + other.n)
+        return Moments(
+            self.xx + other.xx,
+            self.xr + other.xr,
+            self.rr + other.rr,
+            self.x + other.x,
+            self.r + other.r,
+            self.n + other.n,
+        )
 
     def centred(self) -> "Moments":
         """Moments of the samples minus their means: what remains once an intercept is free."""

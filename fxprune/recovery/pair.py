@@ -129,7 +129,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _scale(norm: Any) -> torch.Tensor:
     """What a BatchNorm in evaluation mode multiplies every channel by, float64."""
-    std = (norm.running_var.double() + norm.eps).sqrt()
+    std: torch.Tensor = (norm.running_var.double() + norm.eps).sqrt()
     return 1 / std if norm.weight is None else norm.weight.detach().double() / std
 
 

@@ -208,11 +208,11 @@ class _Fitter:
             return module.bias, 1.0
         if len(node.users) == 1:
             (user,) = node.users
-            norm = self.pair.modules.get(user)
-            if isinstance(norm, NORMS) and norm.running_mean is not None:
-                if self.pair.calls[id(norm)] == 1:
-                    self.settled.add(user)
-                    return norm.running_mean, -1.0
+            norm: Any = self.pair.modules.get(user)
+            holds = isinstance(norm, NORMS) and norm.running_mean is not None
+            if holds and self.pair.calls[id(norm)] == 1:
+                self.settled.add(user)
+                return norm.running_mean, -1.0
         return None
 
 

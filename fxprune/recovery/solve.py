@@ -19,11 +19,15 @@ def ridge_solution(moments: Moments, strength: float) -> torch.Tensor:
     if strength > 0:
         factor, info = torch.linalg.cholesky_ex(system)
         if not bool(info.any()):
-            return torch.cholesky_solve(moments.xr, factor)
+            solution: torch.Tensor = torch.cholesky_solve(moments.xr, factor)
+            return solution
     values, vectors = torch.linalg.eigh(system)
     known = values > _CUTOFF * values[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
     inverse = torch.where(known, 1 / torch.where(known, values, 1.0), 0.0)
-    return vectors @ (inverse.unsqueeze(2) * (vectors.transpose(1, 2) @ moments.xr))
+    smallest: torch.Tensor = vectors @ (
+        inverse.unsqueeze(2) * (vectors.transpose(1, 2) @ moments.xr)
+    )
+    return smallest
 
 
 def strength_by_folds(folds: list[Moments]) -> float:
