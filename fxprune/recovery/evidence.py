@@ -8,8 +8,9 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from fxprune.capture.inputs import describe
 from fxprune.capture.traced import TracedModel
-from fxprune.errors import NonFiniteError
+from fxprune.errors import ExampleInputError, NonFiniteError
 from fxprune.recovery.batches import Inputs
 from fxprune.recovery.layers import CONVOLUTIONS, TRANSPOSED, Layer
 from fxprune.recovery.moments import Moments
@@ -55,6 +56,7 @@ def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> l
         names: layers to observe; those that are neither convolutions nor linear are left out.
 
     Raises:
+        ExampleInputError: the model does not run on a batch.
         NonFiniteError: an activation holds NaN or infinity.
     """
     module = traced.graph_module
@@ -64,8 +66,14 @@ def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> l
             watched[name] = _unseen(name, Layer(child))
     generator = torch.Generator().manual_seed(0)
     with undisturbed(module), torch.enable_grad():
-        for batch in tqdm(inputs, desc="observe", unit="batch", leave=False):
-            _observe_batch(module, watched, batch, generator)
+        for k, batch in enumerate(tqdm(inputs, desc="observe", unit="batch", leave=False)):
+            try:
+                _observe_batch(module, watched, batch, generator)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ExampleInputError(
+                    f"calibration batch {k}, {describe(batch)}, does not run: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
     for seen in watched.values():
         sums = seen.squares.sum() + (0.0 if seen.moments is None else seen.moments.xx.sum())
         if not bool(torch.isfinite(sums)):

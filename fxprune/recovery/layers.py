@@ -115,7 +115,8 @@ class Layer:
         spatial = len(module.kernel_size)
         parts = patches.unflatten(1, (self.groups, -1))
         order = (1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial))
-        return parts.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
+        rows: torch.Tensor = parts.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
+        return rows
 
 
 def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
