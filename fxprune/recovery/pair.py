@@ -1,13 +1,16 @@
 """The original and the slim model, run side by side on the same batches."""
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import analyze
@@ -73,35 +76,33 @@ class Pair:
                 values = [v.index_select(axis, index) for v in values]
         return values
 
-    def missing(self, node: fx.Node) -> list[torch.Tensor]:
-        """What a layer should return in addition, per batch.
+    def aim(self, node: fx.Node) -> "Aim":
+        """What a layer has to reach: what the original gives where its effect is complete.
 
-        First its own drift, original minus slim. Where what it returns is added to another branch,
-        the drift of that branch too, because nothing else can make up for it; behind a BatchNorm
-        that is the drift times std / gamma. (He et al. 2017: target Y1 - Y1' + Y2.)
+        That is behind a BatchNorm, and behind an addition to another branch, whose drift nothing
+        else can make up for (He et al. 2017: target Y1 - Y1' + Y2, in front of a BatchNorm times
+        std / gamma). If a bounded activation follows, what it cuts off does not matter.
         """
-        found = self._drift(node)
-        scale: torch.Tensor | None = None
-        at = node
+        steps: list[Step] = []
+        target, at = self.target(node), node
+        shape, whole = target[0].shape, True
         while len(at.users) == 1:
             (user,) = at.users
             module = self.modules.get(user)
             if isinstance(module, NORMS) and module.running_mean is not None:
-                scale = _scale(module) if scale is None else scale * _scale(module)
+                steps.append(module)
+                target = [module(t) for t in target]
             elif (other := _other_summand(user, at)) is not None:
-                if self._computed(other):
-                    drift = self._drift(other)
-                    if drift[0].shape == found[0].shape:
-                        pairs = zip(found, drift, strict=True)
-                        found = [a + _before_norm(b, scale) for a, b in pairs]
+                if self._computed(other) and self.values(other)[0].shape == shape:
+                    steps.append(self.values(other))
+                    target = [t + o for t, o in zip(target, self.target(other), strict=True)]
+                else:
+                    whole = False
             elif not isinstance(module, _PASS):
-                break
+                bounds = _bounds(user, module) if whole else _UNBOUNDED
+                return Aim(target, tuple(steps), *bounds)
             at = user
-        return found
-
-    def _drift(self, node: fx.Node) -> list[torch.Tensor]:
-        pairs = zip(self.target(node), self._now.values[node], strict=True)
-        return [_difference(a, b) for a, b in pairs]
+        return Aim(target, tuple(steps), *_UNBOUNDED)
 
     def _computed(self, node: fx.Node) -> bool:
         """Whether both models have run this node, to one tensor."""
@@ -110,6 +111,68 @@ class Pair:
             and self._twins.get(node.name) in self._then.values
             and isinstance(self._traced.results[node.name], Ref)
         )
+
+
+Step = Any  # a BatchNorm, or per batch what is added
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aim:
+    """What a layer has to reach.
+
+    Attributes:
+        target: per batch, what the original gives behind ``steps``, at the kept positions.
+        steps: BatchNorms that follow, and what is added, per batch.
+        low: what lies below makes no difference.
+        high: what lies above makes no difference.
+    """
+
+    target: list[torch.Tensor]
+    steps: tuple[Step, ...]
+    low: float
+    high: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some differences make none."""
+        return (self.low, self.high) != _UNBOUNDED
+
+    def missing(self, values: list[torch.Tensor], *, bounded: bool) -> list[torch.Tensor]:
+        """What a layer that gives ``values`` should give in addition, per batch.
+
+        Args:
+            values: what it gives.
+            bounded: leave out what makes no difference.
+        """
+        scale = self._scale()
+        found = []
+        for k, (value, target) in enumerate(zip(values, self.target, strict=True)):
+            now = value
+            for step in self.steps:
+                now = now + step[k] if isinstance(step, list) else step(now)
+            if bounded:
+                target = torch.where(target <= self.low, now.clamp_max(self.low), target)
+                target = torch.where(target >= self.high, now.clamp_min(self.high), target)
+            found.append(_in_front(_difference(target, now), scale))
+        return found
+
+    def _scale(self) -> torch.Tensor | None:
+        """What the BatchNorms multiply every channel by, float64."""
+        scales = [_scale(s) for s in self.steps if not isinstance(s, list)]
+        return torch.stack(scales).prod(0) if scales else None
+
+
+_UNBOUNDED = (-math.inf, math.inf)
+_RELUS = {functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+
+
+def _bounds(node: fx.Node, module: Any) -> tuple[float, float]:
+    """The range outside of which what an activation reads makes no difference."""
+    if type(module) is nn.ReLU or (node.op != "call_module" and node.target in _RELUS):
+        return 0.0, math.inf
+    if type(module) in (nn.ReLU6, nn.Hardtanh):
+        return float(module.min_val), float(module.max_val)
+    return (0.0, 6.0) if node.target is functional.relu6 else _UNBOUNDED
 
 
 def _other_summand(node: fx.Node, summand: fx.Node) -> fx.Node | None:
@@ -133,10 +196,10 @@ def _scale(norm: Any) -> torch.Tensor:
     return 1 / std if norm.weight is None else norm.weight.detach().double() / std
 
 
-def _before_norm(drift: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _in_front(difference: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """A difference behind a BatchNorm as one before it; 0 in channels where it would explode."""
     if scale is None:
-        return drift
+        return difference
     flat = scale.abs() <= _FLAT * scale.abs().max()
     factor = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, scale))
-    return drift * factor.to(drift).view(1, -1, *[1] * (drift.dim() - 2))
+    return difference * factor.to(difference).view(1, -1, *[1] * (difference.dim() - 2))

@@ -23,10 +23,11 @@ from fxprune.planning.plan import PruningPlan
 from fxprune.recovery.batches import collect
 from fxprune.recovery.layers import FITTED, NORMS, Layer
 from fxprune.recovery.moments import Moments
-from fxprune.recovery.pair import Pair
+from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.solve import ridge_solution, strength_by_folds
 from fxprune.verify.guard import undisturbed
 
+_BOUNDED_STEPS = 3
 _ROUNDING = 1e-12  # share of an output's squares that rounding explains
 
 
@@ -147,9 +148,9 @@ class _Fitter:
 
     def _visit(self, node: fx.Node, layer: Layer) -> None:
         """Fit a layer if anything is missing from what it returns."""
-        missing = self.pair.missing(node)
-        spread = _spread(layer, self.pair.target(node))
-        error = sum(float(m.double().square().sum()) for m in missing)
+        aim = self.pair.aim(node)
+        missing = aim.missing(self.pair.values(node), bounded=aim.bounded)
+        spread, error = _spread(layer, self.pair.target(node)), _energy(missing)
         if not math.isfinite(error + spread):
             raise NonFiniteError(f"{node.name} returns NaN or infinity on the calibration batches")
         if error <= _ROUNDING * spread:
@@ -157,8 +158,13 @@ class _Fitter:
         if why := self._unfit(layer):
             self.skipped.append((str(node.target), why))
             return
-        self._fit(node, layer, missing, spread)
-        self.pair.recompute(node)
+        samples, strength = self._fit(node, layer, aim)
+        left = _energy(aim.missing(self.pair.values(node), bounded=aim.bounded))
+        short = f"too few samples: at least {layer.unknowns + 1} are needed; held by the ridge"
+        note = short if samples <= layer.unknowns else ""
+        shares = error / spread, left / spread
+        name = str(node.target)
+        self.fits.append(LayerFit(name, *shares, samples, layer.unknowns, strength, note))
 
     def _unfit(self, layer: Layer) -> str:
         """Why a layer cannot be fitted, or ``""``."""
@@ -171,24 +177,31 @@ class _Fitter:
             return "its weights are used more than once"
         return ""
 
-    def _fit(self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], spread: float) -> None:
+    def _fit(self, node: fx.Node, layer: Layer, aim: Aim) -> tuple[int, float]:
+        """Least squares, and if an activation cuts differences off, again without them.
+
+        Each further step minimises a quadratic that bounds the error behind the activation from
+        above and touches it at the present weights, so the error never grows.
+        """
         intercept = self._intercept(node)
-        folds = self._moments(node, layer, missing)
-        whole = folds[0] + folds[1]
-        moments = whole
-        if intercept is not None:
-            moments, folds = whole.centred(), [fold.centred() for fold in folds]
-        strength = strength_by_folds(folds) if self.strength is None else self.strength
-        change = ridge_solution(moments, strength)
-        layer.add_to_weights(change)
-        if intercept is not None:
-            shift = (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
-            _add(*intercept, shift.flatten())
-        short = f"too few samples: at least {layer.unknowns + 1} are needed; held by the ridge"
-        before, after = float(whole.rr.sum()) / spread, float(moments.error(change).sum()) / spread
-        note = short if whole.n <= layer.unknowns else ""
-        name = str(node.target)
-        self.fits.append(LayerFit(name, before, after, whole.n, layer.unknowns, strength, note))
+        strength = self.strength
+        for step in range(1 + (_BOUNDED_STEPS if aim.bounded else 0)):
+            missing = aim.missing(self.pair.values(node), bounded=step > 0)
+            folds = self._moments(node, layer, missing)
+            whole = folds[0] + folds[1]
+            moments = whole
+            if intercept is not None:
+                moments, folds = whole.centred(), [fold.centred() for fold in folds]
+            if strength is None:
+                strength = strength_by_folds(folds)
+            change = ridge_solution(moments, strength)
+            layer.add_to_weights(change)
+            if intercept is not None:
+                shift = (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
+                _add(*intercept, shift.flatten())
+            self.pair.recompute(node)
+        assert strength is not None
+        return whole.n, strength
 
     def _moments(self, node: fx.Node, layer: Layer, missing: list[torch.Tensor]) -> list[Moments]:
         """Second moments of two halves of the samples."""
@@ -219,6 +232,10 @@ class _Fitter:
 def _add(tensor: torch.Tensor, sign: float, shift: torch.Tensor) -> None:
     with torch.no_grad():
         tensor += (sign * shift).to(tensor)
+
+
+def _energy(tensors: list[torch.Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in tensors)
 
 
 def _spread(layer: Layer, targets: list[torch.Tensor]) -> float:
