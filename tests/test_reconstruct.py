@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -121,6 +122,7 @@ def test_a_reader_gets_the_least_squares_weights(kind: str) -> None:
 
 def test_a_layer_that_loses_outputs_aims_at_the_outputs_that_stay() -> None:
     model = chain(nn.Conv2d(6, 5, 3), (2, 7, 6))
+    model[3] = nn.Tanh()
     x = torch.randn(40, 2, 7, 6, dtype=D)
     result = fitted(model, x)
     kept = list(result.plan.groups[1].kept)
@@ -150,7 +152,7 @@ class Separable(nn.Module):
         self.point = nn.Conv2d(8, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.point(self.depth(self.wide(self.stem(x).relu()).relu()).relu())
+        return self.point(self.depth(self.wide(self.stem(x).relu()).relu()).tanh())
 
 
 def test_a_depthwise_layer_is_fitted_per_channel_and_the_next_one_over_all() -> None:
@@ -163,7 +165,7 @@ def test_a_depthwise_layer_is_fitted_per_channel_and_the_next_one_over_all() -> 
     target = values(result.traced.graph_module, x)["depth"][:, kept]
     depth = least_squares(result.model.depth, now["relu_1"], target, intercept=True)
     assert distance(now["depth"], depth) <= 1e-9
-    point = least_squares(result.model.point, now["relu_2"], model(x), intercept=True)
+    point = least_squares(result.model.point, now["tanh"], model(x), intercept=True)
     assert distance(now["point"], point) <= 1e-9
 
 
@@ -226,7 +228,7 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
-        return self.head(self.norm(torch.cat([x, self.grow(x)], 1)).relu())
+        return self.head(self.norm(torch.cat([x, self.grow(x)], 1)).tanh())
 
 
 def test_a_norm_behind_a_concatenation_is_fitted_per_channel() -> None:
@@ -242,8 +244,42 @@ def test_a_norm_behind_a_concatenation_is_fitted_per_channel() -> None:
         slope, intercept = np.polyfit(a, b, 1)
         best = torch.from_numpy(slope * a + intercept)
         assert distance(now["norm"][:, c].flatten(), best) <= 1e-9
-    best = least_squares(result.model.head, now["relu_1"], then["head"], intercept=True)
+    best = least_squares(result.model.head, now["tanh"], then["head"], intercept=True)
     assert distance(now["head"], best) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("activation", "low", "high"), [(nn.ReLU(), 0, np.inf), (nn.Hardtanh(-0.2, 0.5), -0.2, 0.5)]
+)
+def test_what_the_activation_cuts_off_does_not_count(
+    activation: nn.Module, low: float, high: float
+) -> None:
+    """Beside the minimum of the same convex error that a general optimiser finds."""
+    model = chain(nn.Conv2d(6, 5, 3), (2, 7, 6))
+    model[3] = activation
+    x = torch.randn(40, 2, 7, 6, dtype=D)
+    result = fp.prune(model, x[:2], ratios={"0": 0.5}, importance=fp.L2())
+    slim = fp.reconstruct(result, x, ridge=0).model
+    target = model[:3](x).transpose(0, 1).flatten(1).numpy()
+    rows = values(slim, x)["_1"].transpose(0, 1).flatten(1).T.numpy()
+    rows = np.concatenate([rows, np.ones((len(rows), 1))], 1)
+
+    def error(y: np.ndarray, t: np.ndarray) -> tuple[float, np.ndarray]:
+        goal = np.where(t <= low, np.minimum(y, low), np.where(t >= high, np.maximum(y, high), t))
+        return float(((y - goal) ** 2).sum()), 2 * (y - goal)
+
+    fitted_outputs = values(slim, x)["_2"].transpose(0, 1).flatten(1).numpy()
+    for y, t in zip(fitted_outputs, target, strict=True):
+        linear = np.linalg.lstsq(rows, t, rcond=None)[0]
+        start = error(rows @ linear, t)[0]
+        best = scipy.optimize.minimize(
+            lambda w, t=t: (lambda e: (e[0], rows.T @ e[1]))(error(rows @ w, t)),
+            linear,
+            jac=True,
+            method="L-BFGS-B",
+        ).fun
+        assert start > 1.05 * best  # plain least squares is not the answer
+        assert error(y, t)[0] < best + 0.75 * (start - best)
 
 
 # --- what least squares promises -----------------------------------------------------------------

@@ -34,9 +34,10 @@ class Moments:
 
         return cls(empty(d, d), empty(d, m), empty(m), empty(d), empty(m))
 
-    def add(self, x: torch.Tensor, r: torch.Tensor) -> None:
-        """Add samples."""
-        self.xx += (x.transpose(1, 2) @ x).cpu()
+    def add(self, x: torch.Tensor, r: torch.Tensor, *, square: bool = True) -> None:
+        """Add samples; ``square=False`` leaves ``xx``, the costly one, as it is."""
+        if square:
+            self.xx += (x.transpose(1, 2) @ x).cpu()
         self.xr += (x.transpose(1, 2) @ r).cpu()
         self.rr += r.square().sum(1).cpu()
         self.x += x.sum(1).cpu()

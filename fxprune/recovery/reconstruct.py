@@ -8,7 +8,7 @@ Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, arXiv:170
 import copy
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.solve import ridge_solution, strength_by_folds
 from fxprune.verify.guard import undisturbed
 
-_BOUNDED_STEPS = 3
+_BOUNDED_STEPS = 4
 _ROUNDING = 1e-12  # share of an output's squares that rounding explains
 
 
@@ -180,37 +180,57 @@ class _Fitter:
     def _fit(self, node: fx.Node, layer: Layer, aim: Aim) -> tuple[int, float]:
         """Least squares, and if an activation cuts differences off, again without them.
 
-        Each further step minimises a quadratic that bounds the error behind the activation from
-        above and touches it at the present weights, so the error never grows.
+        A step minimises a quadratic that bounds the error behind the activation from above and
+        touches it at the present weights; between steps runs Nesterov's extrapolation.
         """
         intercept = self._intercept(node)
-        strength = self.strength
-        for step in range(1 + (_BOUNDED_STEPS if aim.bounded else 0)):
-            missing = aim.missing(self.pair.values(node), bounded=step > 0)
-            folds = self._moments(node, layer, missing)
-            whole = folds[0] + folds[1]
-            moments = whole
-            if intercept is not None:
-                moments, folds = whole.centred(), [fold.centred() for fold in folds]
-            if strength is None:
-                strength = strength_by_folds(folds)
-            change = ridge_solution(moments, strength)
-            layer.add_to_weights(change)
-            if intercept is not None:
-                shift = (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
-                _add(*intercept, shift.flatten())
-            self.pair.recompute(node)
-        assert strength is not None
+        missing = aim.missing(self.pair.values(node), bounded=False)
+        folds = self._moments(node, layer, missing)
+        whole = folds[0] + folds[1]
+        if intercept is not None:
+            folds = [fold.centred() for fold in folds]
+        strength = strength_by_folds(folds) if self.strength is None else self.strength
+        change, shift = _solution(whole, strength, intercept is not None)
+        self._apply(node, layer, intercept, change, shift)
+        lead: tuple[torch.Tensor, torch.Tensor] = (
+            torch.zeros_like(change),
+            torch.zeros_like(shift),
+        )
+        steps = _BOUNDED_STEPS if aim.bounded else 0
+        for k in range(steps):
+            missing = aim.missing(self.pair.values(node), bounded=True)
+            again = self._moments(node, layer, missing, square=False)
+            moments = replace(again[0] + again[1], xx=whole.xx)
+            change, shift = _solution(moments, strength, intercept is not None)
+            rate = k / (k + 3) if k + 1 < steps else 0.0
+            moved = change + lead[0], shift + lead[1]
+            lead = rate * moved[0], rate * moved[1]
+            self._apply(node, layer, intercept, change + lead[0], shift + lead[1])
         return whole.n, strength
 
-    def _moments(self, node: fx.Node, layer: Layer, missing: list[torch.Tensor]) -> list[Moments]:
+    def _apply(
+        self,
+        node: fx.Node,
+        layer: Layer,
+        intercept: tuple[torch.Tensor, float] | None,
+        change: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> None:
+        layer.add_to_weights(change)
+        if intercept is not None:
+            _add(*intercept, shift.flatten())
+        self.pair.recompute(node)
+
+    def _moments(
+        self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], *, square: bool = True
+    ) -> list[Moments]:
         """Second moments of two halves of the samples."""
         outputs = layer.weights().shape[2]
         folds = [Moments.zeros(layer.groups, layer.unknowns, outputs) for _ in range(2)]
         count = 0
         for x, r in zip(self.pair.values(node.all_input_nodes[0]), missing, strict=True):
             for part, rows in layer.rows(x):
-                folds[count % 2].add(rows, layer.targets(r[part]))
+                folds[count % 2].add(rows, layer.targets(r[part]), square=square)
                 count += 1
         return folds
 
@@ -227,6 +247,16 @@ class _Fitter:
                 self.settled.add(user)
                 return norm.running_mean, -1.0
         return None
+
+
+def _solution(
+    whole: Moments, strength: float, intercept: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Change of the weights ``[g, d, m]`` and of the intercept ``[g, m]``, which may be absent."""
+    if not intercept:
+        return ridge_solution(whole, strength), torch.zeros_like(whole.r)
+    change = ridge_solution(whole.centred(), strength)
+    return change, (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
 
 
 def _add(tensor: torch.Tensor, sign: float, shift: torch.Tensor) -> None:
