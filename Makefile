@@ -8,13 +8,14 @@ READY := $(VENV)/ready
 SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/pytest -n 2
 
-.PHONY: help setup demo test check sweep bench format clean
+.PHONY: help setup demo test check sweep bench coverage format clean
 
 help:
 	@echo 'make demo    train a small network on digits, prune it to half its MACs, verify, fine-tune'
 	@echo 'make test    formatter, linter, types, import layers, tests'
 	@echo 'make sweep   the tests that are too slow for make test'
 	@echo 'make bench   timings beside Torch-Pruning'
+	@echo 'make coverage  prune and verify every model of the zoos, write docs/reference/coverage.md'
 	@echo 'make format  format the code and apply the safe fixes of the linter'
 	@echo 'make clean   remove .venv and every cache'
 
@@ -50,6 +51,18 @@ sweep: $(READY)
 
 bench: $(READY)
 	set -e; for script in examples/bench/*.py; do $(BIN)/python $$script; done
+
+# The zoos stay out of .venv: a folder of their own, which only the sweep sees.
+ZOOS := build/coverage-zoos
+
+$(ZOOS)/ready: examples/coverage/requirements.txt $(READY)
+	rm -rf $(ZOOS)
+	$(BIN)/pip install --no-deps -qq --target $(ZOOS) --requirement $<
+	@touch $@
+
+coverage: $(ZOOS)/ready
+	$(SINGLE) PYTHONPATH=$(ZOOS) $(BIN)/python -m examples.coverage run
+	$(SINGLE) PYTHONPATH=$(ZOOS) $(BIN)/python -m examples.coverage report
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only .

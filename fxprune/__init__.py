@@ -26,7 +26,7 @@ from fxprune.errors import (
     RewriteError,
     VerificationError,
 )
-from fxprune.export import load, save
+from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.planning import PruningPlan, plan
 from fxprune.recovery import ReconstructionError, recalibrate
@@ -60,6 +60,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "analyze",
+    "apply_plan",
     "load",
     "plan",
     "prune",

@@ -1,5 +1,6 @@
 """``prune``: all stages in one call."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.capture import TracedModel, trace
+from fxprune.capture.eager import FIXED_CALLS
 from fxprune.coupling import DependencyGraph, analyze
-from fxprune.errors import VerificationError
+from fxprune.errors import ArgumentError, VerificationError
+from fxprune.export.inplace import module_sizes, slim_copy
 from fxprune.importance import CPMC, Criterion
 from fxprune.planning import PruningPlan, plan
 from fxprune.planning.budget import Share
@@ -23,7 +26,9 @@ class PruneResult:
     """What ``prune`` gives back.
 
     Attributes:
-        model: the slim model, trainable, in the train/eval mode of the original.
+        model: the slim model, trainable, in the train/eval mode of the original: a
+            ``torch.fx.GraphModule``, or, where no graph could be captured, a pruned copy of the
+            model itself.
         plan: what was kept and removed, as data.
         verdict: result of the check against the masked original; None if it was switched off.
         deps: the dependency graph of the original.
@@ -31,7 +36,7 @@ class PruneResult:
         reconstruction: what was fitted to calibration batches after the check; None if nothing was.
     """
 
-    model: fx.GraphModule
+    model: nn.Module
     plan: PruningPlan
     verdict: Verdict | None
     deps: DependencyGraph
@@ -94,25 +99,37 @@ def prune(
     """
     batches = None if calibration is None else as_list(calibration)
     traced = trace(model, example_inputs, frontend)
-    deps = analyze(traced)
-    if importance is None and batches is not None:
-        importance = ReconstructionError(batches, "params" if flops is None and params else "macs")
-    scores = (importance or CPMC())(deps)
-    chosen = plan(
-        deps,
-        scores,
-        flops=flops,
-        params=params,
-        ratios=ratios,
-        ignore=ignore,
-        round_to=round_to,
-        min_channels=min_channels,
-        max_ratio=max_ratio,
-    )
-    slim = rewrite(traced, chosen)
-    verdict = _verified(traced, slim, chosen) if verify else None
-    result = PruneResult(slim, chosen, verdict, deps, traced)
-    return result if batches is None else reconstruct(result, batches)
+    criterion: Criterion = importance or CPMC()
+    if batches is not None:
+        _check_graph(traced)
+        by = "params" if flops is None and params is not None else "macs"
+        criterion = importance or ReconstructionError(batches, by)
+
+    def run(captured: TracedModel) -> PruneResult:
+        deps = analyze(captured)
+        scores = criterion(deps)
+        chosen = plan(
+            deps,
+            scores,
+            flops=flops,
+            params=params,
+            ratios=ratios,
+            ignore=ignore,
+            round_to=round_to,
+            min_channels=min_channels,
+            max_ratio=max_ratio,
+        )
+        slim = _slimmed(captured, chosen, model, example_inputs)
+        verdict = _verified(captured, slim, chosen) if verify else None
+        result = PruneResult(slim, chosen, verdict, deps, captured)
+        return result if batches is None else reconstruct(result, batches)
+
+    if traced.frontend != "eager":
+        return run(traced)
+    for variant in FIXED_CALLS[:-1]:
+        with contextlib.suppress(VerificationError):
+            return run(replace(traced, fixed_calls=variant, derived={}))
+    return run(replace(traced, fixed_calls=FIXED_CALLS[-1], derived={}))
 
 
 def reconstruct(result: PruneResult, batches: Any, *, ridge: float | None = None) -> PruneResult:
@@ -134,15 +151,37 @@ def reconstruct(result: PruneResult, batches: Any, *, ridge: float | None = None
         A result with a new model, and with the error of every layer before and after.
 
     Raises:
-        ArgumentError: there is no batch, or one does not fit the inputs of the model.
+        ArgumentError: there is no batch, one does not fit the inputs of the model, or the model was
+            captured without a graph.
         ExampleInputError: the model does not run on a batch.
         NonFiniteError: a batch or an activation holds NaN or infinity.
     """
-    model, done = reconstruct_model(result.traced, result.plan, result.model, batches, ridge)
+    slim = _check_graph(result.traced, result.model)
+    model, done = reconstruct_model(result.traced, result.plan, slim, batches, ridge)
     return replace(result, model=model, reconstruction=done)
 
 
-def _verified(traced: TracedModel, slim: fx.GraphModule, chosen: PruningPlan) -> Verdict:
+def _check_graph(traced: TracedModel, slim: nn.Module | None = None) -> fx.GraphModule:
+    """The slim graph module, or the original's: what calibration walks through."""
+    module = traced.graph_module if slim is None else slim
+    if traced.frontend == "eager" or not isinstance(module, fx.GraphModule):
+        raise ArgumentError(
+            "reconstruction follows the graph of a model, and of this one none could be captured "
+            f"({traced.why or 'frontend eager'}); prune without calibration=, then fine-tune"
+        )
+    return module
+
+
+def _slimmed(
+    traced: TracedModel, chosen: PruningPlan, model: nn.Module, example_inputs: Any
+) -> nn.Module:
+    """A slim graph, or where there is none a pruned copy of the model itself."""
+    if traced.frontend != "eager":
+        return rewrite(traced, chosen)
+    return slim_copy(model, chosen, module_sizes(model, chosen, example_inputs))
+
+
+def _verified(traced: TracedModel, slim: nn.Module, chosen: PruningPlan) -> Verdict:
     verdict = verify(traced, slim, chosen)
     if not verdict.ok:
         raise VerificationError(f"the slim model is not the masked original: {verdict}")

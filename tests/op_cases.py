@@ -185,6 +185,7 @@ def _labelled(
     with mock.patch.object(labeling, "rule_for", rule_for):
         for index, record in enumerate(traced.records):
             labeling._apply(traced, index, record, ledger)
+    labeling._box_what_is_taken_apart(traced, ledger)
     # Only classes with parameters count as channels; here every label is one.
     for key, labels in owned.items():
         ledger.parameters[key] = ParameterAxis(labels, 1, Role.FIXED, "sample")

@@ -163,11 +163,11 @@ def square_violations(case: Case, seed: int) -> list[str]:
     if slim is None:
         return ["nothing can be removed"] if case.n_free else []
     tensors = case.draw(seed)
-    expected = _run_masked(slim, tensors)
     try:
+        expected = _run_masked(slim, tensors)
         actual = run_slim(slim, tensors)
     except (RuntimeError, LookupError, ValueError) as error:
-        return [f"the slim run fails: {error}"]
+        return [f"the masked or the slim run fails: {error}"]
     found = _unannounced(slim)
     full = run(case, tensors)
     for k, value in enumerate(case.results):
@@ -199,9 +199,46 @@ def _run_masked(slim: Slim, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     for index, record in enumerate(slim.case.traced.records):
         arguments = arguments_of(record)
         hidden = dict(_hidden(slim, index, record, arguments, with_values(arguments, values)))
-        arguments = {**with_values(arguments, values), **hidden}
-        store(record, execute(slim.case, record.op, arguments), values)
+        whole = with_values(arguments, values)
+        outputs = execute(slim.case, record.op, _narrowed(record, {**whole, **hidden}))
+        if base_name(record.op) in KEEPS_ITS_AXIS and hidden:
+            shape = slim.case.traced.values[record.outputs[0].id].shape
+            outputs = (_put_back(slim, record, shape, outputs[0]), *outputs[1:])
+        store(record, outputs, values)
     return [values[v] for v in slim.case.results]
+
+
+# Normalisations: their result has the axis that their statistic is over.
+KEEPS_ITS_AXIS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "native_layer_norm native_group_norm softmax _softmax log_softmax _log_softmax "
+        "_safe_softmax"
+    ).split()
+)
+
+
+def _narrowed(record: Record, arguments: Arguments) -> Arguments:
+    """The sizes that a normalisation is told, for the input that it gets."""
+    if base_name(record.op) == "aten::native_layer_norm":
+        rank = len(arguments["normalized_shape"])
+        return {**arguments, "normalized_shape": list(arguments["input"].shape[-rank:])}
+    if base_name(record.op) == "aten::native_group_norm":
+        return {**arguments, "C": arguments["input"].shape[1]}
+    return arguments
+
+
+def _put_back(
+    slim: Slim, record: Record, full: tuple[int, ...], inner: torch.Tensor
+) -> torch.Tensor:
+    """What was computed for the kept positions only, in its places of the whole."""
+    value = record.outputs[0].id
+    for axis, size in enumerate(full):
+        if inner.shape[axis] != size:
+            shape = [*inner.shape[:axis], size, *inner.shape[axis + 1 :]]
+            spread = inner.new_full(shape, 3.0)  # nobody may read this
+            inner = spread.index_copy(axis, indices(slim.axis(value, axis)), inner)
+    return inner
 
 
 def _hidden(

@@ -181,16 +181,13 @@ def _reductions() -> list[Sample]:
         S(aten.div.Tensor, "normalised", "a0 a1 a2",
           x, do(aten.linalg_vector_norm.default, x, 2, [1], True)),
     ]
-    whole, partly = ("a0 a1 a2",) * 2, ("", "a0 a2")  # two results are told apart by numbers
-    for op, (everything, channels) in (
-        (aten.var, whole), (aten.std, whole), (aten.var_mean, partly), (aten.std_mean, partly)
-    ):
+    for op in (aten.var, aten.std, aten.var_mean, aten.std_mean):
         samples += [
-            S(op.correction, "everything", everything, x),
-            S(op.correction, "channels", channels, x, [1], correction=0),
+            S(op.correction, "everything", "a0 a1 a2", x),
+            S(op.correction, "channels", "a0 a1 a2", x, [1], correction=0),
             S(op.correction, "space", "a1", X(2, 7, 5, axes=(1,)), [2], correction=1, keepdim=True),
-            S(op.dim, "channels", channels, x, [1], True),
-            S(op.default, "everything", everything, x),
+            S(op.dim, "channels", "a0 a1 a2", x, [1], True),
+            S(op.default, "everything", "a0 a1 a2", x),
         ]
     return samples
 
@@ -198,13 +195,20 @@ def _reductions() -> list[Sample]:
 def _mixing() -> list[Sample]:
     x = X(2, 7, 5)
     samples = [
-        S(op, name, free, x, *arguments)
-        for name, free, dim in (("channels", "a0 a2", 1), ("last axis", "a0 a1", -1))
+        S(op, name, "a0 a1 a2", x, *arguments)
+        for name, dim in (("channels", 1), ("last axis", -1))
         for op, *arguments in (
             (aten._softmax.default, dim, False),
             (aten._log_softmax.default, dim, False),
+            (aten._safe_softmax.default, dim),
             (aten.softmax.int, dim),
             (aten.log_softmax.int, dim),
+        )
+    ]
+    samples += [
+        S(op, name, free, x, *arguments)
+        for name, free, dim in (("channels", "a0 a2", 1), ("last axis", "a0 a1", -1))
+        for op, *arguments in (
             (aten.cumsum.default, dim),
             (aten.cumprod.default, dim),
             (aten.sort.default, dim),
@@ -217,19 +221,21 @@ def _mixing() -> list[Sample]:
         *(
             S(aten.native_layer_norm.default, name, free, x, *arguments, 1e-5, results=1)
             for name, free, x, *arguments in (
-                ("last axis", "a0 a1", X(2, 3, 7), [7], P(7), P(7)),
-                ("two axes", "a0", X(2, 3, 7), [3, 7], P(3, 7), None),
-                ("no weights", "a0 a1", X(2, 3, 7), [7], None, None),
+                ("last axis", "a0 a1 a2 b0 c0", X(2, 3, 7), [7], P(7), P(7)),
+                ("two axes", "a0 a1 a2 b0 b1", X(2, 3, 7), [3, 7], P(3, 7), None),
+                ("no weights", "a0 a1 a2", X(2, 3, 7), [7], None, None),
                 ("other axes", "a1", X(2, 7, 5, axes=(1,)), [5], P(5), P(5)),
             )
         ),
         *(
             S(aten.native_group_norm.default, name, free,
-              x, P(6), P(6), 2, 6, 5, 3, 1e-5, results=1)
-            for name, free, x in (
-                ("channels", "", X(2, 6, 5, axes=(1,))),
-                ("labelled sites", "a0", X(2, 6, 5)),
-                ("input untracked", "", U(2, 6, 5)),
+              x, P(6), P(6), 2, 6, 5, groups, 1e-5, results=1)
+            for name, free, x, groups in (
+                ("channels", "a1 b0 c0", X(2, 6, 5, axes=(1,)), 3),
+                ("one group", "a1 b0 c0", X(2, 6, 5, axes=(1,)), 1),
+                ("a group per channel", "a1 b0 c0", X(2, 6, 5, axes=(1,)), 6),
+                ("labelled sites", "a0 a1 b0 c0", X(2, 6, 5), 3),
+                ("input untracked", "", U(2, 6, 5), 3),
             )
         ),
     ]
@@ -327,12 +333,13 @@ def _batch_norms() -> list[Sample]:
     # The further results are statistics for the backward pass.
     return [
         native("evaluation", "a1 b0 c0 d0 e0", x, *weights, *statistics, *off),
-        native("all axes labelled", "a1 b0 c0 d0 e0", X(2, 7, 5), *weights, *statistics, *off),
+        native("all axes labelled", "a0 a1 a2 b0 c0 d0 e0",
+               X(2, 7, 5), *weights, *statistics, *off),
         native("no weights", "a1 b0 c0", x, None, None, *statistics, *off),
         native("training", "a1 b0 c0 d0 e0", x, *weights, *statistics, *on),
         native("training, no statistics", "a1 b0 c0", x, *weights, None, None, *on),
         native("input untracked", "", U(2, 7, 5), *weights, *statistics, *off),
-        native("matrix", "a1 b0 c0 d0 e0", X(3, 7), *weights, *statistics, *off),
+        native("matrix", "a0 a1 b0 c0 d0 e0", X(3, 7), *weights, *statistics, *off),
         S(legit.default, "training", "a1 b0 c0 d0 e0", x, *weights, *statistics, *on, results=1),
         S(legit.no_stats, "training", "a1 b0 c0", x, *weights, *on, results=1),
         S(aten._native_batch_norm_legit_no_training.default, "evaluation", "a1 b0 c0 d0 e0",
@@ -430,7 +437,7 @@ def _pointwise() -> list[Sample]:
         S(add, "two parameters", "a0 a1 b0 b1", P(7, 5), P(7, 5)),
         S(add, "two joint factors", "a0 a1 a2", heads, heads),
         S(mul, "a scale per block of a joint factor", "a0 a1 a2 b0", heads, P(3, 1, 1)),
-        S(mul, "a scale per place in a block", "a0 a1 a2", heads, P(4, 1)),
+        S(mul, "a scale per place in a block", "a0 a1 a2 b0", heads, P(4, 1)),
         S(aten.add_.Tensor, "in place", "a0 a1 a2 b0 b1 b2", x, X(2, 7, 5)),
         S(mul, "gate", "a1 b1", image, X(2, 7, 1, 1)),
         S(mul, "attention map of space", "a1", image, U(2, 1, 3, 5)),

@@ -160,6 +160,11 @@ def _alias(slim: Slim, index: int, record: Record, arguments: Arguments) -> Argu
     return {"size": shape, "stride": list(torch.empty(shape).stride())}
 
 
+def _as_strided(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arguments:
+    n, channels, *_ = slim.shape(record.outputs[0].id)
+    return {"size": [n, channels, 1, 1], "stride": [channels, 1, channels, channels]}
+
+
 def _unflatten(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arguments:
     shape, sizes = slim.shape(record.outputs[0].id), arguments["sizes"]
     at = arguments["dim"] % (len(shape) - len(sizes) + 1)
@@ -225,7 +230,14 @@ def _groups(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arg
 
 def _group_norm(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arguments:
     batch, channels, *sites = slim.shape(arguments["input"].id)
-    return {"N": batch, "C": channels, "HxW": int(np.prod(sites))}
+    lead = slim.case.ledger.group_counts.get(index)
+    groups = {} if lead is None else {"group": int(slim.of(lead).sum())}
+    return {"N": batch, "C": channels, "HxW": int(np.prod(sites)), **groups}
+
+
+def _layer_norm(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arguments:
+    rank = len(arguments["normalized_shape"])
+    return {"normalized_shape": slim.shape(arguments["input"].id)[-rank:]}
 
 
 _EDITORS: dict[str, Editor] = {
@@ -236,12 +248,14 @@ _EDITORS: dict[str, Editor] = {
     **dict.fromkeys("unsafe_split unsafe_chunk".split(), _split),
     **dict.fromkeys("convolution _convolution".split(), _groups),
     "_reshape_alias": _alias,
+    "as_strided": _as_strided,
     "unflatten": _unflatten,
     "squeeze": _squeeze,
     "slice": _slice,
     "select": _select,
     "constant_pad_nd": _pad,
     "native_group_norm": _group_norm,
+    "native_layer_norm": _layer_norm,
 }
 # These follow from shapes: the caller of the operator does not write them.
 DERIVED = frozenset({"aten::convolution", "aten::_convolution", "aten::native_group_norm"})

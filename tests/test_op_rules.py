@@ -155,6 +155,12 @@ def _groups_forgotten(call: Call) -> tuple[Labels, ...]:
     return results
 
 
+def _group_counts_forgotten(call: Call) -> tuple[Labels, ...]:
+    results = _sound("native_group_norm")(call)
+    call.ledger.group_counts.clear()
+    return results
+
+
 def _unrelated(call: Call) -> tuple[Labels, ...]:
     """A sum of two tensors that does not know that their channels meet."""
     return (call["self"].labels,)
@@ -177,7 +183,14 @@ WRONG = [
     ("add.Tensor: two activations", forgetting("add", "pairs")),
     ("add.Tensor: two activations", _unrelated),
     ("add.Tensor: untracked", forgetting("add", "frozen")),
-    ("_softmax: channels", forgetting("_softmax", "frozen")),
+    ("_softmax: channels", forgetting("_softmax", "reads")),
+    ("native_layer_norm: last axis", forgetting("native_layer_norm", "reads")),
+    ("native_layer_norm: last axis", forgetting("native_layer_norm", "sized")),
+    ("native_layer_norm: two axes", relabelled("native_layer_norm", _shifted)),
+    ("native_group_norm: channels", forgetting("native_group_norm", "blocks")),
+    ("native_group_norm: channels", forgetting("native_group_norm", "reads")),
+    ("native_group_norm: a group per channel", _group_counts_forgotten),
+    ("cumsum: channels", forgetting("cumsum", "frozen")),
     ("_softmax: channels", _frozen_wrongly),
     ("mean.dim: channels", forgetting("mean", "reads", "frozen")),
     ("sum.dim_IntList: channels", forgetting("sum", "reads")),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fxprune as fp
 from tests.oracle import call, lowest_reachable, macs, n_parameters, relative_error, widths
@@ -333,3 +334,23 @@ def test_a_budget_of_one_removes_nothing() -> None:
     result = fp.prune(model, inputs, flops=1.0)
     assert widths(result.model) == widths(model)
     assert relative_error(call(result.model, inputs), call(model, inputs)) == 0
+
+
+class LooksPositionsUp(nn.Module):
+    """Adds rows of a table that a slice of a buffer picks, as text encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.table = nn.Linear(8, 8), nn.Embedding(16, 8)
+        self.hidden, self.read = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.register_buffer("positions", torch.arange(16)[None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.make(x) + self.table(self.positions[:, : x.shape[1]])
+        return self.read(self.hidden(x).relu())
+
+
+def test_positions_of_a_buffer_that_nobody_reads_are_no_channels() -> None:
+    deps = fp.analyze(fp.trace(LooksPositionsUp(), torch.randn(2, 5, 8), frontend="export"))
+    assert sum(g.width for g in deps.groups) == deps.n_channels
+    fp.plan(deps, fp.L2()(deps), flops=0.5)

@@ -65,6 +65,17 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> BoundInputs:
     )
 
 
+def supplied(model: nn.Module, inputs: BoundInputs) -> list[tuple[str, Any]]:
+    """Name and value of every argument, in the order of the call."""
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{k}" for k in range(len(inputs.args) - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return [*zip(names, inputs.args, strict=False), *inputs.kwargs.items()]
+
+
 def describe(inputs: Any) -> str:
     """A short text of inputs for messages: types, dtypes and shapes, no data."""
     if isinstance(inputs, torch.Tensor):

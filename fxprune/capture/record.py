@@ -37,6 +37,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.node = ""
+        self.scope = ""
         self.records: list[Record] = []
         self.values: list[Value] = []
         self._kernels = kernels
@@ -87,7 +88,7 @@ class Recorder(TorchDispatchMode):
         outputs = tuple(
             self.ref(t, kind) if isinstance(t, torch.Tensor) else None for t in _as_tuple(out)
         )
-        self.records.append(Record(func, refs, kw_refs, outputs, self.node))
+        self.records.append(Record(func, refs, kw_refs, outputs, self.node, self.scope))
         return out
 
     def recording(self, results: dict[str, Any], output: Any) -> "Recording":
@@ -224,7 +225,7 @@ def record_graph(
     kernels: MetaKernels | None,
 ) -> Recording:
     """Interpret a graph on its example inputs and record it node by node."""
-    recorder = Recorder(named, list(_leaves(args)), kernels)
+    recorder = Recorder(named, tensors_of(args), kernels)
     interpreter = _NodeRecorder(graph_module, recorder)
     with torch.no_grad(), recorder:
         output = interpreter.run(*args)
@@ -239,16 +240,16 @@ def record_call(
     kernels: MetaKernels | None,
 ) -> Recording:
     """Call a function (an eager model) and record it."""
-    recorder = Recorder(named, list(_leaves((args, kwargs))), kernels)
+    recorder = Recorder(named, tensors_of((args, kwargs)), kernels)
     with torch.no_grad(), recorder:
         output = function(*args, **kwargs)
     return recorder.recording({}, output)
 
 
-def _leaves(tree: Any) -> Iterable[torch.Tensor]:
-    return (
-        leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)
-    )
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """Tensors among the leaves of a nest of containers."""
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def tree_leaves(tree: Any) -> list[Any]:

@@ -8,6 +8,7 @@ the graph reads the flag of the module at run time.
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture.inputs import BoundInputs
+from fxprune.capture.traced import TracedModel
 from fxprune.errors import CaptureError
 
 
@@ -88,8 +90,32 @@ def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
             delattr(model, name)
 
 
+def opaque_nodes(traced: TracedModel) -> tuple[str, ...]:
+    """Nodes of a symbolic graph that hide layers: composite modules, wrapped Python functions."""
+    executed = Counter(record.node for record in traced.records)
+    return tuple(
+        node.name
+        for node in traced.graph_module.graph.nodes
+        if executed[node.name] > 1 and _is_opaque(traced.graph_module, node)
+    )
+
+
+def _is_opaque(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        composite = next(module.children(), None) is not None
+        return composite or bool(module._forward_hooks or module._forward_pre_hooks)
+    home = (getattr(node.target, "__module__", None) or "").partition(".")[0]
+    composite = node.target is torch.nn.functional.multi_head_attention_forward
+    return node.op == "call_function" and (composite or home not in _PLAIN_HOMES)
+
+
+# Packages whose functions are single operators, or show their sizes among their arguments.
+_PLAIN_HOMES = frozenset({"torch", "_operator", "builtins", "math"})
+
+
 def build_graph_module(
-    root: nn.Module, graph: fx.Graph, class_name: str, persistent: set[str]
+    root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str, persistent: set[str]
 ) -> fx.GraphModule:
     """A GraphModule whose state_dict holds the names in ``persistent`` and no others.
 

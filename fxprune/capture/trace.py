@@ -3,20 +3,24 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprune.capture.compare import same_computation, written_state
+from fxprune.capture.eager import NODE, eager_graph, record_modules
+from fxprune.capture.export import export_graph
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
+from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
-from fxprune.capture.symbolic import symbolic_graph
+from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
 
-FRONTENDS = ("auto", "symbolic")
+FRONTENDS = ("auto", "symbolic", "export", "eager")
 Named = tuple[str, str, torch.Tensor]  # kind, qualified name, tensor
 
 
@@ -30,7 +34,10 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        frontend: ``auto`` or ``symbolic``.
+        frontend: ``symbolic`` (``torch.fx.symbolic_trace``: the author's code), ``export``
+            (``torch.export``: captures nearly everything, opens attention), ``eager`` (no graph,
+            so plans are carried out on the model's own modules), or ``auto``: symbolic unless that
+            fails or leaves layers opaque that export opens, eager where neither gives a graph.
 
     Raises:
         ExampleInputError: the model does not run on the inputs.
@@ -46,25 +53,80 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
     _check_initialised(named)
     _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
-    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)):
+    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)), plain_kernels():
         eager, kernels = _record_eager(model, inputs, named)
-        graph_module = symbolic_graph(model, inputs)
+        session = _Session(model, inputs, named, eager, kernels)
+        captured = session.choose() if frontend == "auto" else session.capture(frontend)
+    _copy_modes(model, captured.graph_module)
+    return captured
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Session:
+    """One model in evaluation mode, recorded once, to be captured by one frontend or another."""
+
+    model: nn.Module
+    inputs: BoundInputs
+    named: list[Named]
+    eager: Recording
+    kernels: MetaKernels | None
+
+    def choose(self) -> TracedModel:
+        """The symbolic graph, unless there is none or it hides what an exported one shows."""
+        try:
+            symbolic = self.capture("symbolic")
+        except CaptureError as error:
+            why = f"symbolic tracing failed: {error}"
+            try:
+                return replace(self.capture("export"), why=why)
+            except CaptureError as second:
+                return replace(self.capture("eager"), why=f"{why}; exporting failed: {second}")
+        hidden = opaque_nodes(symbolic)
+        if not hidden:
+            return symbolic
+        what = f"symbolic tracing leaves {', '.join(hidden[:3])} opaque"
+        try:
+            return replace(self.capture("export"), why=what)
+        except CaptureError as error:
+            return replace(symbolic, why=f"{what}, but exporting failed: {error}")
+
+    def capture(self, frontend: str) -> TracedModel:
+        """Capture with one frontend and check the graph against the model."""
+        if frontend == "eager":
+            return self._without_graph()
+        model, inputs = self.model, self.inputs
+        if frontend == "symbolic":
+            graph_module = symbolic_graph(model, inputs)
+        else:
+            graph_module, inputs = export_graph(model, inputs)
         graph_module.eval()
         held = list(_named(graph_module))
-        graph = _record(graph_module, inputs, held, kernels)
-        if not same_computation(eager, graph):
-            _check_writes(model, eager, graph)
+        graph = _record(graph_module, inputs, held, self.kernels)
+        if not same_computation(self.eager, graph):
+            _check_writes(model, self.eager, graph)
             _compare_outputs(model, graph_module, inputs)
-    _copy_modes(model, graph_module)
-    return TracedModel(
-        graph_module=graph_module,
-        args=inputs.placeholders,
-        records=graph.records,
-        values=graph.values,
-        results=graph.results,
-        frontend="symbolic",
-        unused=_unused(model, named, held),
-    )
+        return TracedModel(
+            graph_module=graph_module,
+            args=inputs.placeholders,
+            records=graph.records,
+            values=graph.values,
+            results=graph.results,
+            frontend=frontend,
+            unused=_unused(model, self.named, held),
+        )
+
+    def _without_graph(self) -> TracedModel:
+        graph_module, inputs = eager_graph(self.model, self.inputs)
+        held = list(_named(graph_module))
+        recording = record_modules(self.model, self.inputs, held, self.kernels)
+        return TracedModel(
+            graph_module=graph_module,
+            args=inputs.placeholders,
+            records=tuple(replace(record, node=NODE) for record in recording.records),
+            values=recording.values,
+            results={NODE: recording.output, "output": recording.output},
+            frontend="eager",
+        )
 
 
 def _unused(model: nn.Module, named: list[Named], of_graph: list[Named]) -> tuple[str, ...]:
@@ -218,7 +280,9 @@ def _check_finite(named: list[Named]) -> None:
     if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
         return
     for kind, name, tensor in tensors:
-        bad = int((~torch.isfinite(tensor)).sum())
+        # A buffer may hold infinite bounds, or the mask of an attention.
+        wrong = torch.isnan(tensor) if kind == "buffer" else ~torch.isfinite(tensor)
+        bad = int(wrong.sum())
         if bad:
             raise NonFiniteError(
                 f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or "

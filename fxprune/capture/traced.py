@@ -49,6 +49,7 @@ class Record:
         kwargs: keyword arguments, likewise.
         outputs: one entry per returned tensor; None where the operator returned none.
         node: name of the graph node that executed it.
+        scope: path of the module whose code called it; known for eager runs only.
     """
 
     op: torch._ops.OpOverload
@@ -56,6 +57,7 @@ class Record:
     kwargs: dict[str, Any]
     outputs: tuple[Ref | None, ...]
     node: str
+    scope: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,11 @@ class TracedModel:
         values: every tensor of that run; ``values[ref.id]``.
         results: per graph node what it returned, tensors replaced by :class:`Ref`.
         frontend: name of the frontend that captured the graph.
+        why: why it was that one, where ``auto`` did not take its first choice.
         unused: modules and parameters that the model never uses in evaluation mode (auxiliary
             heads, say); they are not part of the graph.
+        fixed_calls: operators whose sizes and positions the model's code holds for good; for eager
+            captures, whose code nobody can edit.
         derived: what was computed from this capture once and is needed again (its dependency
             graph); never part of the capture itself.
     """
@@ -83,6 +88,8 @@ class TracedModel:
     results: dict[str, Any]
     frontend: str
     unused: tuple[str, ...] = ()
+    why: str = ""
+    fixed_calls: frozenset[str] = frozenset()
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -1,13 +1,16 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
-from fxprune.ops.call import Call, Operand, base_name, schema_arguments
-from fxprune.ops.ledger import Ledger
+from fxprune.ops.call import JOINT, Call, Operand, base_name, schema_arguments
+from fxprune.ops.ledger import Box, Ledger, SizedUse
+from fxprune.ops.movement import VIEWS
 from fxprune.ops.registry import rule_for
 from fxprune.ops.sized_calls import can_hold_slim_parameters, can_resize
 
@@ -26,6 +29,11 @@ OPAQUE_MODULE = (
     "the size attributes of this module class are unknown",
     "the module is one of torch.nn's layers or is traced through",
 )
+NO_GRAPH = (
+    "no-graph",
+    "the model's own code, which cannot be edited, counts channels or picks some in another order",
+    "the model can be traced or exported",
+)
 OUTPUT = (
     "network-output",
     "the width of what the model returns is protected",
@@ -35,10 +43,12 @@ OUTPUT = (
 
 def label(traced: TracedModel) -> Ledger:
     """Labels, equations, roles and costs of everything one run executed."""
-    ledger = Ledger(grouped=_grouped_weights(traced))
+    buffers = frozenset(v.name for v in traced.values if v.kind == "buffer")
+    ledger = Ledger(buffers=buffers, grouped=_grouped_weights(traced))
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
     _protect_outputs(traced, ledger)
+    _box_what_is_taken_apart(traced, ledger)
     _refuse_opaque_calls(traced, ledger)
     return ledger
 
@@ -118,12 +128,30 @@ def _protect_outputs(traced: TracedModel, ledger: Ledger) -> None:
         code, why, need = OUTPUT
         refusal = Refusal(code, output.name, "output", f"{why} ({shape})", need)
         for factor in ledger.values.get(leaf.id, ()):
-            alone = ledger.settle(factor, refusal) if len(factor.axes) > 1 else factor
+            alone = ledger.settle(factor) if len(factor.axes) > 1 else factor
             ledger.freeze(alone.labels, refusal)
+
+
+def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
+    """Tensors that hold parts of a channel axis whose parts are used one by one."""
+    if not ledger.taken_apart:
+        return
+    for index, record in enumerate(traced.records):
+        for out in record.outputs:
+            for factor in ledger.values.get(out.id, ()) if out is not None else ():
+                origin = factor.origin
+                if origin is not None and (origin.value, origin.axis) in ledger.taken_apart:
+                    refusal = _refusal(record.node, record.op, JOINT)
+                    ledger.boxes.append(Box(factor.labels, refusal))
+                    if base_name(record.op) in VIEWS:
+                        ledger.sized.append(SizedUse(index, factor.labels))
 
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
     """Freeze what a graph call hides: sizes that cannot be set, modules that cannot shrink."""
+    if traced.frontend == "eager":
+        _refuse_new_operators(traced, ledger)
+        return
     nodes = {n.name: n for n in traced.graph_module.graph.nodes}
     visible = {
         ref.id
@@ -141,6 +169,33 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
         if result not in visible or gather.source not in visible:
             for factor in ledger.values.get(result, ()):
                 ledger.freeze(factor.labels, _refusal("(inside a call)", None, OPAQUE))
+    _refuse_opaque_modules(traced, ledger, nodes)
+
+
+def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
+    """Without a graph the author's code stays as it is.
+
+    Its sizes follow its inputs or attributes of its modules, which the check of the slim model will
+    tell; but it cannot pick positions anew.
+    """
+    for use in ledger.sized:
+        record = traced.records[use.record]
+        if base_name(record.op) in traced.fixed_calls:
+            ledger.freeze(use.labels, _refusal(record.scope or record.node, record.op, NO_GRAPH))
+    for result in ledger.gathers:
+        for factor in ledger.values.get(result, ()):
+            ledger.freeze(factor.labels, _refusal("forward", None, NO_GRAPH))
+    for (name, _), axis in ledger.parameters.items():
+        owner = traced.graph_module.get_submodule(name.rpartition(".")[0])
+        if type(owner).__module__.startswith("torch.nn.modules.") and (
+            not can_hold_slim_parameters(owner)
+        ):
+            ledger.freeze(axis.labels, _refusal(axis.node, None, OPAQUE_MODULE, type(owner)))
+
+
+def _refuse_opaque_modules(
+    traced: TracedModel, ledger: Ledger, nodes: Mapping[str, fx.Node]
+) -> None:
     for (name, _), axis in ledger.parameters.items():
         owner = name.rpartition(".")[0]
         node = nodes.get(axis.node)

@@ -8,9 +8,10 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from fxprune.coupling.blocks import BoolArray, block_sets
+from fxprune.coupling.boxes import box_equations
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
-from fxprune.ops.ledger import Ledger
+from fxprune.ops.ledger import Ledger, Role
 
 UNEVEN = (
     "uneven-blocks",
@@ -40,10 +41,15 @@ class Solution:
 def solve(ledger: Ledger) -> Solution:
     """Number the classes of labels: prunable channels first, in order of their first label."""
     component = _components(ledger)
+    while extra := box_equations(component, ledger.boxes):
+        ledger.pairs.extend(extra)
+        component = _components(ledger)
     n = int(component.max(initial=-1)) + 1
-    has_slot = np.zeros(n, dtype=bool)
+    has_slot, movable = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     for axis in ledger.parameters.values():
         has_slot[component[axis.labels]] = True
+        if axis.role is not Role.FIXED:  # rows of a table that nobody reads are no channels
+            movable[component[axis.labels]] = True
     frozen = np.zeros(n, dtype=bool)
     why: dict[int, dict[Refusal, None]] = defaultdict(dict)
 
@@ -55,18 +61,23 @@ def solve(ledger: Ledger) -> Solution:
                 why[c][refusal] = None
 
     freeze(ledger.frozen)
+    freeze([(b.labels, b.refusal) for b in ledger.boxes if _is_one(component[b.labels])])
     freeze(_uneven(ledger, component, frozen | ~has_slot))
     first = np.full(n, ledger.n_labels, dtype=np.int64)
     np.minimum.at(first, component, np.arange(ledger.n_labels))
     order = np.argsort(first, kind="stable")
-    prunable = order[(has_slot & ~frozen)[order]]
-    held = order[(has_slot & frozen)[order]]
+    prunable = order[(movable & ~frozen)[order]]
+    held = order[(has_slot & (frozen | ~movable))[order]]
     number = np.full(n + 1, -1, dtype=np.int64)
     number[prunable] = np.arange(len(prunable))
     number[held] = np.arange(len(prunable), len(prunable) + len(held))
     reasons = {int(number[c]): tuple(r) for c, r in why.items()}
     n_classes = len(prunable) + len(held)
     return Solution(number[component], len(prunable), n_classes, reasons)
+
+
+def _is_one(classes: IntArray) -> bool:
+    return bool((classes == classes.flat[0]).all())
 
 
 def _components(ledger: Ledger) -> IntArray:

@@ -1,5 +1,6 @@
-"""Artifacts: what a slim model is written to and read back from."""
+"""Artifacts: what a slim model is written to and read back from, and plans applied elsewhere."""
 
+from fxprune.export.inplace import apply_plan
 from fxprune.export.save import load, save
 
-__all__ = ["load", "save"]
+__all__ = ["apply_plan", "load", "save"]

@@ -9,7 +9,7 @@ import torch
 
 from fxprune.errors import Refusal
 from fxprune.ops.labels import Factor, IntArray, Labels
-from fxprune.ops.ledger import Ledger, Role, SizedUse
+from fxprune.ops.ledger import Box, Ledger, Role, SizedUse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +120,7 @@ UNKNOWN_INDEX = (
 )
 JOINT = (
     "joint-reshape",
-    "a reshape takes a channel axis apart and this operator uses only some of the parts",
+    "a reshape takes a channel axis apart and its parts are used in ways that tie all of it",
     "all parts are used alike, or the parts are taken with split or chunk",
 )
 
@@ -174,7 +174,16 @@ class Call:
 
     def settle(self, factor: Factor, keep: int | None = None) -> Factor:
         """Reduce a joint factor to one axis (see ``Ledger.settle``)."""
-        return self.ledger.settle(factor, self.refusal(*JOINT), keep)
+        return self.ledger.settle(factor, keep)
+
+    def boxed(self, factor: Factor) -> Factor:
+        """A joint factor that stays joint, although its lineage ends here: it has to be a box."""
+        if len(factor.axes) == 1:
+            return factor
+        self.ledger.boxes.append(Box(factor.labels, self.refusal(*JOINT)))
+        if factor.origin is not None:
+            self.ledger.taken_apart.add((factor.origin.value, factor.origin.axis))
+        return Factor(factor.axes, factor.labels)
 
     def freeze(self, labels: IntArray, code: str, why: str, need: str) -> None:
         """Freeze labels, giving this operator as the place."""

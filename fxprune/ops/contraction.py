@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxprune.ops.call import Call, Operand
+from fxprune.ops.call import UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Role
 
@@ -183,7 +183,7 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
     else:  # the weight is computed or used elsewhere too: all groups lose the same columns
         own = weight.own(1, roles[1])
         if own is None:
-            return None, None
+            return _untracked_kernel(call, labels_in, rows)
         columns = np.tile(own, groups)
         if known is not None:
             call.ledger.equate(columns, known)
@@ -195,6 +195,14 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
         blocks = side.reshape(groups, -1)
         call.ledger.blocks.append(Blocks(blocks, call.node, "aten.convolution"))
     return sides
+
+
+def _untracked_kernel(call: Call, *sides: IntArray | None) -> Sides:
+    """A kernel whose columns cannot be followed keeps what it reads and makes."""
+    for labels in sides:
+        if labels is not None:
+            call.freeze(labels, *UNTRACKED)
+    return None, None
 
 
 def _add_cost(

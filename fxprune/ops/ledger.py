@@ -3,6 +3,7 @@
 Rules only ever add to it. Solving what was added is the business of ``fxprune.coupling``.
 """
 
+import bisect
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -53,6 +54,14 @@ class Blocks:
     labels: IntArray  # [blocks, positions]
     node: str
     op: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Box:
+    """Labels over several axes of one tensor: what is kept of them has to be a box."""
+
+    labels: IntArray
+    refusal: Refusal  # should nothing but all or nothing be a box
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,9 +116,12 @@ class Ledger:
     pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     frozen: list[tuple[IntArray, Refusal]] = field(default_factory=list)
     parameters: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
     grouped: dict[str, int] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
+    taken_apart: set[tuple[int, int]] = field(default_factory=set)  # value and axis
+    boxes: list[Box] = field(default_factory=list)
     gathers: dict[int, Gather] = field(default_factory=dict)
     reads: list[ChannelRead] = field(default_factory=list)
     sized: list[SizedUse] = field(default_factory=list)
@@ -164,18 +176,27 @@ class Ledger:
 
     def mark(self, labels: IntArray, role: Role) -> None:
         """Set the role of the parameter axis that owns these fresh labels (weights in a chain)."""
-        starts = [start for start, _, _ in self._owners]
-        at = int(np.searchsorted(starts, int(labels.flat[0]), side="right")) - 1
-        if at >= 0:
-            _, name, axis = self._owners[at]
-            self.parameters[name, axis].role = role
+        owner = self._owner(labels)
+        if owner is not None:
+            self.parameters[owner].role = role
 
-    def settle(self, factor: Factor, refusal: Refusal, keep: int | None = None) -> Factor:
-        """Make a joint factor a factor over one axis: its entries along the others become one.
+    def of_buffer(self, labels: IntArray) -> bool:
+        """Whether the labels are of a buffer: constants that no layer makes, such as masks."""
+        owner = self._owner(labels)
+        return owner is not None and owner[0] in self.buffers
 
-        A joint factor that is only a part of the axis it came from cannot be settled by itself:
-        its siblings would no longer fit the reshape. Then everything it came from is frozen.
-        """
+    def _owner(self, labels: IntArray) -> tuple[str, int] | None:
+        """The parameter axis that owns fresh labels."""
+        label = int(labels.flat[0])
+        at = bisect.bisect_right(self._owners, label, key=lambda owner: owner[0]) - 1
+        if at < 0:
+            return None
+        start, name, axis = self._owners[at]
+        inside = label < start + self.parameters[name, axis].labels.size
+        return (name, axis) if inside else None
+
+    def settle(self, factor: Factor, keep: int | None = None) -> Factor:
+        """Make a joint factor a factor over one axis: its entries along the others become one."""
         if len(factor.axes) == 1:
             return factor if factor.origin is None else Factor(factor.axes, factor.labels)
         keep = factor.axes[0] if keep is None else keep
@@ -185,13 +206,16 @@ class Ledger:
         self.equate(factor.labels, lead.reshape(shape))
         if factor.origin is not None:
             self.sized.append(SizedUse(factor.origin.record, factor.labels))
-        self.freeze_partial_origin(factor, refusal)
+        self.note_taken_apart(factor)
         return Factor((keep,), lead)
 
-    def freeze_partial_origin(self, factor: Factor, refusal: Refusal) -> None:
-        """Freeze the axis that a factor came from, unless the factor is all of it."""
+    def note_taken_apart(self, factor: Factor) -> None:
+        """Note that a factor is used by itself although it is only a part of what it came from.
+
+        Then what is kept of all parts has to be a box, or the reshape that made them cannot be.
+        """
         if factor.origin is None:
             return
-        for whole in self.values[factor.origin.value]:
+        for whole in self.values.get(factor.origin.value, ()):
             if whole.axes == (factor.origin.axis,) and whole.labels.size > factor.labels.size:
-                self.freeze(whole.labels, refusal)
+                self.taken_apart.add((factor.origin.value, factor.origin.axis))

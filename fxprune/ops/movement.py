@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from fxprune.ops.call import FIXED_AXIS, JOINT, UNKNOWN_INDEX, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNKNOWN_INDEX, Call, Operand
 from fxprune.ops.labels import (
     Factor,
     IntArray,
@@ -22,7 +23,7 @@ from fxprune.ops.labels import (
     reshape_factor,
     take,
 )
-from fxprune.ops.ledger import Gather
+from fxprune.ops.ledger import Gather, Role
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -40,7 +41,7 @@ def arrived(call: Call, labels: Labels, result: int = 0) -> Labels:
             assert value is not None
             call.ledger.gathers[value] = Gather(origin.value, origin.axis, origin.index)
         else:
-            call.ledger.freeze_partial_origin(factor, call.refusal(*JOINT))
+            call.ledger.note_taken_apart(factor)
         closed.append(Factor(factor.axes, factor.labels))
     return tuple(closed)
 
@@ -71,10 +72,8 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
             new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
             new = Factor(new.axes, new.labels)
-        if len(new.axes) > 1 and new.origin is None:
-            new = call.settle(new)
-        moved.append(new)
-    return _disjoint(call, moved)
+        moved.append(call.boxed(new) if new.origin is None else new)
+    return _disjoint(call, operand, moved)
 
 
 def _without_merged_copies(call: Call, operand: Operand, shape: Sequence[int]) -> Iterator[Factor]:
@@ -95,18 +94,25 @@ def _merges_out_of_order(call: Call, factor: Factor, new: Factor, ndim: int) -> 
     return new.origin is None or not _is_gather(call, new, new.origin, ndim)
 
 
-def _disjoint(call: Call, factors: list[Factor]) -> Labels:
-    """Two factors on one axis (an outer product, flattened) cannot be followed further."""
-    seen: dict[int, Factor] = {}
+def _disjoint(call: Call, operand: Operand, factors: list[Factor]) -> Labels:
+    """Two factors on one axis (an outer product, flattened) cannot be followed further.
+
+    Of a weight the first one is: where a kernel is flattened, only its channels matter.
+    """
+    held: dict[int, Factor] = {}
     clash: set[int] = set()
     for factor in factors:
-        for axis in factor.axes:
-            if axis in seen:
-                call.freeze(factor.labels, *_PRODUCT)
-                call.freeze(seen[axis].labels, *_PRODUCT)
-                clash.add(axis)
-            seen[axis] = factor
-    return tuple(f for f in factors if not clash & set(f.axes))
+        taken = [axis for axis in factor.axes if axis in held]
+        if taken and operand.weight:
+            call.freeze(factor.labels, *FIXED_AXIS)
+            continue
+        for axis in taken:
+            call.freeze(factor.labels, *_PRODUCT)
+            call.freeze(held[axis].labels, *_PRODUCT)
+        clash.update(taken)
+        held.update(dict.fromkeys(factor.axes, factor))
+    kept = dict.fromkeys(held.values())
+    return tuple(f for f in kept if not clash & set(f.axes))
 
 
 _PRODUCT = (
@@ -124,6 +130,29 @@ def view(call: Call) -> tuple[Labels, ...]:
     if call.op not in ("aten::squeeze", "aten::unsqueeze"):
         call.sized(tuple(f for f in labels if f.origin is None))  # parts: when they are settled
     return (labels,)
+
+
+def as_strided(call: Call) -> tuple[Labels, ...]:
+    """Only the form that some kernels end with: the same sizes, axes of size 1 strided anew."""
+    x = call["self"]
+    dense, strides = 1, []
+    for size in reversed(x.shape):
+        strides.append(dense)
+        dense *= size
+    given = zip(call["size"], x.shape, call["stride"], reversed(strides), strict=False)
+    same = all(a == b and (a == 1 or s == d) for a, b, s, d in given)
+    if not same or len(call["size"]) != len(x.shape) or call.get("storage_offset"):
+        call.freeze_operands(*STRIDED)
+        return ((),)
+    call.sized(x.labels)
+    return (x.labels,)
+
+
+STRIDED = (
+    "strided-view",
+    "positions are picked from memory by their strides",
+    "the view is written with slices, reshapes or unfold",
+)
 
 
 def transpose(call: Call) -> tuple[Labels, ...]:
@@ -177,6 +206,8 @@ def _pick_one(call: Call, factor: Factor, axis: int, index: IntArray) -> Factor:
     call.sized((factor,))
     if len(factor.axes) == 1:
         call.freeze(picked.labels, *_SELECTED)
+    else:
+        call.ledger.nonempty.append(picked.labels)
     return picked
 
 
@@ -243,14 +274,38 @@ def index_select(call: Call) -> tuple[Labels, ...]:
 
 
 def index(call: Call) -> tuple[Labels, ...]:
-    """``x[:, idx]``: one index tensor of one axis, content known. Other forms are refused."""
+    """``x[:, idx]``: one index tensor of one axis with known content; or a table looked up."""
     x, indices = call["self"], call["indices"]
     given = [k for k, i in enumerate(indices) if i is not None]
+    for k in given:
+        indices[k].confined(set())
+    adjacent = given == list(range(given[0], given[0] + len(given)))
+    untracked = not any(set(given) & set(f.axes) for f in x.labels if not x.weight)
+    if adjacent and (x.weight or untracked):
+        return (_looked_up(call, x, given, max(len(indices[k].shape) for k in given)),)
     if len(given) != 1 or len(indices[given[0]].shape) != 1:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ((),)
-    indices[given[0]].confined(set())
     return (_by_tensor(call, x, given[0], indices[given[0]].data),)
+
+
+def _looked_up(call: Call, x: Operand, given: list[int], ndim: int) -> Labels:
+    """Adjacent axes that hold no channels give way to the axes of the index; the others pass."""
+    if any(call["indices"][k].data is not None and _is_mask(call["indices"][k]) for k in given):
+        call.freeze_operands(*UNKNOWN_INDEX)
+        return ()
+    first, shift = given[0], ndim - len(given)
+    others = [a for a in range(len(x.shape)) if a not in given and x.shape[a] > 1]
+    if x.parameter:
+        x.confined(set(others))
+        labels = {a: own for a in others if (own := x.own(a, Role.FIXED)) is not None}
+    else:
+        labels = x.confined(set(others))
+    return tuple(Factor((a + (shift if a > first else 0),), found) for a, found in labels.items())
+
+
+def _is_mask(operand: Operand) -> bool:
+    return operand.data is not None and operand.data.dtype in (torch.bool, torch.uint8)
 
 
 def _by_tensor(call: Call, x: Operand, axis: int, index: Any) -> Labels:
@@ -276,6 +331,24 @@ def _by_tensor(call: Call, x: Operand, axis: int, index: Any) -> Labels:
             factor = _elsewhere(call, factor)
         moved.append(factor)
     return tuple(f for f in arrived(call, tuple(moved)) if f.labels.size > 1)
+
+
+def gather(call: Call) -> tuple[Labels, ...]:
+    """``gather``: picks along one axis by a tensor; on the others it meets that tensor."""
+    x, picked = call["self"], call["index"]
+    axis = call["dim"] % max(len(x.shape), 1)
+    mine, its = x.axes(), picked.axes()
+    factors = []
+    for a, labels in mine.items():
+        if a == axis or x.shape[a] != picked.shape[a] or a not in its:
+            call.freeze(labels, *UNKNOWN_INDEX)
+        else:
+            call.ledger.equate(labels, its[a])
+            factors.append(Factor((a,), labels))
+    for a, labels in its.items():
+        if a not in mine or a == axis:
+            call.freeze(labels, *FIXED_AXIS)
+    return (tuple(factors),)
 
 
 def flip(call: Call) -> tuple[Labels, ...]:
@@ -309,6 +382,14 @@ def roll(call: Call) -> tuple[Labels, ...]:
     return (arrived(call, tuple(moved)),)
 
 
+def unfold(call: Call) -> tuple[Labels, ...]:
+    """``Tensor.unfold``: windows over one axis, which become a new last axis."""
+    x = call["self"]
+    axis = call["dimension"] % len(x.shape)
+    kept = x.confined(set(range(len(x.shape))) - {axis})
+    return (tuple(Factor((a,), labels) for a, labels in kept.items()),)
+
+
 def channel_shuffle(call: Call) -> tuple[Labels, ...]:
     """One operator for reshape, transpose, reshape: a gather."""
     x, groups = call["self"], call["groups"]
@@ -324,10 +405,12 @@ def channel_shuffle(call: Call) -> tuple[Labels, ...]:
 
 
 _VIEWS = "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten"
+VIEWS = frozenset(f"aten::{name}" for name in _VIEWS.split())
 _SPLITS = "split split_with_sizes chunk tensor_split split_copy unsafe_split unsafe_chunk"
 RULES: dict[str, Rule] = {
-    **{f"aten::{name}": view for name in _VIEWS.split()},
+    **dict.fromkeys(VIEWS, view),
     **{f"aten::{name}": split for name in _SPLITS.split()},
+    "aten::as_strided": as_strided,
     "aten::permute": transpose,
     "aten::transpose": transpose,
     "aten::t": transpose,
@@ -336,7 +419,9 @@ RULES: dict[str, Rule] = {
     "aten::unbind": unbind,
     "aten::index_select": index_select,
     "aten::index": index,
+    "aten::gather": gather,
     "aten::flip": flip,
+    "aten::unfold": unfold,
     "aten::roll": roll,
     "aten::channel_shuffle": channel_shuffle,
     "aten::native_channel_shuffle": channel_shuffle,

@@ -1,8 +1,10 @@
 """Operators that act on every position alone: output position = the operands' same position."""
 
+from collections.abc import Iterator
+
 import torch
 
-from fxprune.ops.call import UNTRACKED, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Role
 
@@ -37,21 +39,76 @@ def pointwise(call: Call) -> tuple[Labels, ...]:
     shape = call.shapes[0]
     if all(not o.parameter and not o.labels for o in operands):
         return ((),) * len(call.results)
-    factors = []
+    factors = list(_joint(call, operands, len(shape)))
+    done = {axis for factor in factors for axis in factor.axes}
+    known = _settled(call, operands, len(shape), done)
     for axis in range(len(shape)):
-        if shape[axis] > 1:
-            labels = _meet(call, operands, axis - len(shape))
+        if shape[axis] > 1 and axis not in done:
+            labels = _meet(call, known, axis - len(shape))
             if labels is not None:
                 factors.append(Factor((axis,), labels))
     return (tuple(factors),) * len(call.results)
 
 
-def _meet(call: Call, operands: list[Operand], axis: int) -> IntArray | None:
+Known = list[tuple[Operand, dict[int, IntArray]]]
+
+
+def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> Known:
+    """Labels per axis of every operand that is no parameter itself.
+
+    A joint factor keeps the axis on which another operand has labels, else its first.
+    """
+    held = {
+        a + ndim - len(o.shape)
+        for o in operands
+        for f in o.labels
+        for a in f.axes
+        if len(f.axes) == 1 and not call.ledger.of_buffer(f.labels)
+    }
+    known: Known = []
+    for operand in operands:
+        shift, found = ndim - len(operand.shape), {}
+        for factor in operand.labels if not operand.parameter else ():
+            single = factor
+            if len(factor.axes) > 1:
+                if done.issuperset(a + shift for a in factor.axes):
+                    continue
+                single = call.settle(factor, *[a for a in factor.axes if a + shift in held][:1])
+            found[single.axes[0]] = single.labels
+        known.append((operand, found))
+    return known
+
+
+def _joint(call: Call, operands: list[Operand], ndim: int) -> Iterator[Factor]:
+    """Joint factors that stay joint: only their like, or size 1, meets them on their axes."""
+    aligned = [
+        {tuple(a + ndim - len(o.shape) for a in f.axes): f for f in o.labels if len(f.axes) > 1}
+        for o in operands
+    ]
+    for axes in dict.fromkeys(axes for found in aligned for axes in found):
+        alike = [found[axes] for found in aligned if axes in found]
+        if all(
+            axes in found or all(_size(o, a, ndim) == 1 for a in axes)
+            for o, found in zip(operands, aligned, strict=True)
+        ):
+            for other in alike[1:]:
+                call.ledger.equate(alike[0].labels, other.labels)
+            first, *_ = [call.boxed(factor) for factor in alike]
+            yield Factor(axes, first.labels)
+
+
+def _size(operand: Operand, axis: int, ndim: int) -> int:
+    """Size along an axis of the result; 1 where the operand does not have that axis."""
+    at = axis + len(operand.shape) - ndim
+    return operand.shape[at] if at >= 0 else 1
+
+
+def _meet(call: Call, known: Known, axis: int) -> IntArray | None:
     """Equate all operands on one axis (counted from the end); None where none is tracked."""
-    here = [(o, axis + len(o.shape)) for o in operands if axis + len(o.shape) >= 0]
-    here = [(o, a) for o, a in here if o.shape[a] > 1]
-    parameters = [(o, a) for o, a in here if o.parameter]
-    others = [(o, o.axes().get(a)) for o, a in here if not o.parameter]
+    here = [(o, labels, axis + len(o.shape)) for o, labels in known if axis + len(o.shape) >= 0]
+    here = [(o, labels, a) for o, labels, a in here if o.shape[a] > 1]
+    parameters = [(o, a) for o, _, a in here if o.parameter]
+    others = [(o, labels.get(a)) for o, labels, a in here if not o.parameter]
     tracked = [(o, labels) for o, labels in others if labels is not None]
     if tracked:
         labels = tracked[0][1]
@@ -61,7 +118,7 @@ def _meet(call: Call, operands: list[Operand], axis: int) -> IntArray | None:
                 call.ledger.mark(other, Role.AFFINE)
     elif parameters:
         first, at = parameters[0]
-        role = Role.FIXED if all(o.weight for o in operands) else Role.AFFINE
+        role = Role.FIXED if all(o.weight for o, _ in known) else Role.AFFINE
         own = first.own(at, role)
         assert own is not None
         labels = own
@@ -69,9 +126,11 @@ def _meet(call: Call, operands: list[Operand], axis: int) -> IntArray | None:
         return None
     for operand, at in parameters:
         operand.adopt(at, labels, Role.AFFINE if tracked else Role.FIXED)
-    if len(tracked) < len(others):
-        call.freeze(labels, *UNTRACKED)
-    return labels
+    if len(tracked) == len(others):
+        return labels
+    made = any(not (o.weight or call.ledger.of_buffer(own)) for o, own in tracked)
+    call.freeze(labels, *(UNTRACKED if made else FIXED_AXIS))
+    return None
 
 
 def is_pointwise(op: torch._ops.OpOverload) -> bool:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from fxprune.ops.call import Call, Operand
-from fxprune.ops.labels import Factor, Labels
-from fxprune.ops.ledger import ChannelRead
+from fxprune.ops.call import FIXED_AXIS, Call, Operand
+from fxprune.ops.labels import Factor, IntArray, Labels
+from fxprune.ops.ledger import Blocks, ChannelRead, Role
 from fxprune.ops.pointwise import pointwise
 
 Rule = Callable[[Call], tuple[Labels, ...]]
@@ -12,6 +12,7 @@ Rule = Callable[[Call], tuple[Labels, ...]]
 # Leaving a position out is adding zero; any other reduction changes its statistic.
 _EXACT = frozenset({"aten::sum", "aten::nansum"})
 _POSITIONS = frozenset({"aten::argmax", "aten::argmin"})
+_WITH_POSITIONS = frozenset({"aten::max", "aten::min", "aten::median"})
 MIXES = (
     "mixes-axis",
     "the result at every position of a channel axis depends on all positions",
@@ -48,12 +49,15 @@ def reduction(call: Call) -> tuple[Labels, ...]:
 
 
 def _read(call: Call, axis: int, factor: Factor) -> None:
-    if call.op in _POSITIONS or len(call.results) > 1:
+    if call.op in _POSITIONS or (call.op in _WITH_POSITIONS and len(call.results) > 1):
         call.freeze(factor.labels, *MIXES)  # the numbers of positions are part of the result
         return
-    exact = call.op in _EXACT
-    call.ledger.reads.append(ChannelRead(call.index, call.node, "self", axis, factor.labels, exact))
-    call.ledger.nonempty.append(factor.labels)
+    if call.op in _EXACT:
+        read = ChannelRead(call.index, call.node, "self", axis, factor.labels, exact=True)
+        call.ledger.reads.append(read)
+        call.ledger.nonempty.append(factor.labels)
+    else:
+        statistic(call, "self", axis, factor.labels)
 
 
 def mixing(axes: Callable[[Call], set[int]]) -> Rule:
@@ -75,17 +79,82 @@ def mixing(axes: Callable[[Call], set[int]]) -> Rule:
     return rule
 
 
+def softmax(call: Call) -> tuple[Labels, ...]:
+    """Along channels, the share of each is taken among the kept ones."""
+    x: Operand = call["self"]
+    axis = call["dim"] % max(len(x.shape), 1)
+    factors = _settled_apart(call, x, {axis})
+    for factor in factors:
+        if axis in factor.axes:
+            statistic(call, "self", axis, factor.labels)
+    return (factors,)
+
+
+def _settled_apart(call: Call, x: Operand, axes: set[int]) -> Labels:
+    """Factors over one axis each; of joint ones an axis on which no statistic is taken."""
+    return tuple(
+        call.settle(f, *[a for a in f.axes if a not in axes][:1]) if len(f.axes) > 1 else f
+        for f in x.labels
+    )
+
+
+def statistic(call: Call, argument: str, axis: int, labels: IntArray) -> None:
+    """Note that an operator takes a statistic over a channel axis of an operand."""
+    read = ChannelRead(call.index, call.node, argument, axis, labels, exact=False)
+    call.ledger.reads.append(read)
+    call.ledger.nonempty.append(labels)
+
+
+def layer_norm(call: Call) -> tuple[Labels, ...]:
+    """Mean and variance over the last axes are taken over the kept channels."""
+    x: Operand = call["input"]
+    first = len(x.shape) - len(call["normalized_shape"])
+    factors = _settled_apart(call, x, set(range(first, len(x.shape))))
+    found = {f.axes[0]: f.labels for f in factors}
+    for axis in range(first, len(x.shape)):
+        labels = found.get(axis)
+        affine = [(n, o) for n in ("weight", "bias") if isinstance(o := call.get(n), Operand)]
+        _adopt_affine(call, affine, axis - first, labels)
+        if labels is not None:
+            statistic(call, "input", axis, labels)
+            for name, _ in affine:
+                statistic(call, name, axis - first, labels)
+            call.sized((Factor((axis,), labels),))
+    return (factors, *((),) * (len(call.results) - 1))
+
+
+def _adopt_affine(
+    call: Call, affine: list[tuple[str, Operand]], axis: int, labels: IntArray | None
+) -> None:
+    for _, operand in affine:
+        if labels is not None:
+            operand.adopt(axis, labels, Role.AFFINE)
+        elif (own := operand.own(axis, Role.AFFINE)) is not None:
+            call.freeze(own, *FIXED_AXIS)
+
+
+def group_norm(call: Call) -> tuple[Labels, ...]:
+    """Statistics of each group over its kept channels; every group loses equally many."""
+    x: Operand = call["input"]
+    labels, groups = x.confined({0, 1}), call["group"]
+    channels = labels.get(1)
+    affine = [(n, o) for n in ("weight", "bias") if isinstance(o := call.get(n), Operand)]
+    _adopt_affine(call, affine, 0, channels)
+    if channels is not None and groups == channels.size:
+        call.ledger.group_counts[call.index] = channels
+    elif channels is not None:
+        if groups > 1:
+            blocks = channels.reshape(groups, -1)
+            call.ledger.blocks.append(Blocks(blocks, call.node, "aten.group_norm"))
+        statistic(call, "input", 1, channels)
+        for name, _ in affine:
+            statistic(call, name, 0, channels)
+    kept = tuple(Factor((a,), found) for a, found in labels.items())
+    return (kept, *((),) * (len(call.results) - 1))
+
+
 def _dim(call: Call) -> set[int]:
     return {call["dim"] % max(len(call.shapes[0]), 1)}
-
-
-def _normalized(call: Call) -> set[int]:
-    ndim = len(call.shapes[0])
-    return set(range(ndim - len(call["normalized_shape"]), ndim))
-
-
-def _all_but_batch(call: Call) -> set[int]:
-    return set(range(1, len(call.shapes[0])))
 
 
 _REDUCTIONS = (
@@ -94,10 +163,11 @@ _REDUCTIONS = (
 )
 RULES: dict[str, Rule] = {
     **{f"aten::{name}": reduction for name in _REDUCTIONS.split()},
+    **{f"aten::{name}": mixing(_dim) for name in "cumsum cumprod sort".split()},
     **{
-        f"aten::{name}": mixing(_dim)
-        for name in "_softmax _log_softmax softmax log_softmax cumsum cumprod sort".split()
+        f"aten::{name}": softmax
+        for name in "_softmax _log_softmax softmax log_softmax _safe_softmax".split()
     },
-    "aten::native_layer_norm": mixing(_normalized),
-    "aten::native_group_norm": mixing(_all_but_batch),
+    "aten::native_layer_norm": layer_norm,
+    "aten::native_group_norm": group_norm,
 }

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.ops.call import base_name
+
 
 class Kind(StrEnum):
     """What the arguments of a sized call mean."""
@@ -27,7 +29,9 @@ class Kind(StrEnum):
     NARROW = "narrow"  # (x, dim, start, length)
     SELECT = "select"  # (x, dim, index)
     LIKE = "like"  # (x, y): the sizes of y
+    SLICE = "slice"  # (x, dim, start, end, step)
     SQUEEZE = "squeeze"  # (x, dim): without dim, every axis of size 1
+    NORM = "norm"  # (x, normalized_shape): the sizes of the last axes
     PAD = "pad"  # (x, [before, after, ...] from the last axis)
 
 
@@ -70,6 +74,34 @@ SIZED: dict[Any, Kind] = {
     nn.ConstantPad2d: Kind.PAD,
     nn.ConstantPad3d: Kind.PAD,
     nn.ZeroPad2d: Kind.PAD,
+    F.layer_norm: Kind.NORM,
+    nn.LayerNorm: Kind.NORM,
+    F.rms_norm: Kind.NORM,
+    nn.RMSNorm: Kind.NORM,
+    # Operators that an exported graph calls by themselves.
+    "aten::view": Kind.SHAPE,
+    "aten::reshape": Kind.SHAPE,
+    "aten::expand": Kind.SHAPE,
+    "aten::view_as": Kind.LIKE,
+    "aten::reshape_as": Kind.LIKE,
+    "aten::expand_as": Kind.LIKE,
+    **dict.fromkeys(
+        ("aten::new_zeros", "aten::new_ones", "aten::new_empty", "aten::new_full"), Kind.SHAPE
+    ),
+    **dict.fromkeys(("aten::zeros", "aten::ones", "aten::empty", "aten::full"), Kind.CREATE),
+    "aten::unflatten": Kind.UNFLATTEN,
+    "aten::squeeze": Kind.SQUEEZE,
+    "aten::split": Kind.SPLIT,
+    "aten::split_with_sizes": Kind.SPLIT,
+    "aten::chunk": Kind.CHUNK,
+    "aten::tensor_split": Kind.CHUNK,
+    "aten::narrow": Kind.NARROW,
+    "aten::select": Kind.SELECT,
+    "aten::slice": Kind.SLICE,
+    "aten::pad": Kind.PAD,
+    "aten::constant_pad_nd": Kind.PAD,
+    "aten::layer_norm": Kind.NORM,
+    "aten::rms_norm": Kind.NORM,
 }
 
 # Sized calls with a number among their arguments that is data: its position and keyword.
@@ -77,6 +109,10 @@ DATA_ARGUMENT: dict[Any, tuple[int, str]] = {
     torch.full: (1, "fill_value"),
     "new_full": (2, "fill_value"),
     F.pad: (3, "value"),
+    "aten::full": (1, "fill_value"),
+    "aten::new_full": (2, "fill_value"),
+    "aten::pad": (3, "value"),
+    "aten::constant_pad_nd": (2, "value"),
 }
 
 # Calls that take every size from their inputs (or from the shapes of their parameters).
@@ -113,10 +149,34 @@ ADAPTIVE: frozenset[Any] = frozenset(
         F.prelu,
         nn.PReLU,
         torch.einsum,
+        F.scaled_dot_product_attention,
+        nn.LSTM,
+        nn.GRU,
+        nn.RNN,
+        nn.LSTMCell,
+        nn.GRUCell,
+        nn.RNNCell,
+        F.adaptive_avg_pool2d,
+        F.adaptive_avg_pool3d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveAvgPool3d,
+        F.group_norm,
+        nn.GroupNorm,
+        *(
+            f"aten::{name}"
+            for name in (
+                "flatten unsqueeze unbind repeat_interleave glu linear matmul einsum zeros_like "
+                "ones_like broadcast_tensors instance_norm batch_norm group_norm prelu bmm "
+                "scaled_dot_product_attention adaptive_avg_pool2d adaptive_avg_pool3d "
+                "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+            ).split()
+        ),
     }
 )
 
-_COUNTED_COPIES: frozenset[Any] = frozenset({"repeat_interleave", torch.repeat_interleave})
+_COUNTED_COPIES: frozenset[Any] = frozenset(
+    {"repeat_interleave", torch.repeat_interleave, "aten::repeat_interleave"}
+)
 
 # Leaf modules with ``num_features``: the channels of their input, parameters or not.
 CHANNEL_NORMS: tuple[type[nn.Module], ...] = (
@@ -135,6 +195,17 @@ MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
     nn.Linear: (("out_features", "weight", 0), ("in_features", "weight", 1)),
     nn.Embedding: (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1)),
     nn.PReLU: (("num_parameters", "weight", 0),),
+    nn.GroupNorm: (("num_channels", "weight", 0),),
+    **dict.fromkeys(
+        (nn.LSTM, nn.GRU, nn.RNN),
+        (("input_size", "weight_ih_l0", 1), ("hidden_size", "weight_hh_l0", 1)),
+    ),
+    **dict.fromkeys(
+        (nn.LSTMCell, nn.GRUCell, nn.RNNCell),
+        (("input_size", "weight_ih", 1), ("hidden_size", "weight_hh", 1)),
+    ),
+    nn.LayerNorm: (),  # normalized_shape: as a call, for layers without parameters too
+    nn.RMSNorm: (),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (("out_channels", "weight", 0),)),
     **dict.fromkeys(
         (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -145,9 +216,14 @@ MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
 
 
 def target_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    """What a node calls, as the tables name it: function, method name, or module class."""
+    """What a node calls, as the tables name it.
+
+    A function, the name of a method, the class of a module, or the name of an ATen operator.
+    """
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target)))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return base_name(node.target)
     return node.target
 
 
@@ -165,4 +241,4 @@ def can_resize(graph_module: fx.GraphModule, node: fx.Node, *, copies: bool) -> 
 
 def can_hold_slim_parameters(module: nn.Module) -> bool:
     """Whether every size attribute of a leaf module is known, so its parameters may shrink."""
-    return type(module) in MODULE_SIZES
+    return type(module) in MODULE_SIZES or type(module) in (nn.Module, fx.GraphModule)

@@ -8,6 +8,7 @@ import numpy as np
 from fxprune.ops.call import FIXED_AXIS, Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.ledger import Role
+from fxprune.ops.reduction import statistic
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -24,24 +25,28 @@ def per_channel(call: Call) -> tuple[Labels, ...]:
 
 
 def batch_norm(call: Call) -> tuple[Labels, ...]:
-    """Axis 1 is the channel axis of the input and of all four statistics."""
+    """Axis 1 is the channel axis of the input and of all four statistics.
+
+    Along other axes labels pass; where the statistics are taken anew, over the kept positions.
+    """
     x = next(call.operands())
-    labels = x.confined({1}).get(1)
+    found = x.axes()
+    labels = found.get(1)
     statistics = [
         operand
         for name in ("weight", "bias", "running_mean", "running_var")
         if isinstance(operand := call.get(name), Operand) and operand.shape != (1,)
     ]
-    if labels is None:
-        for operand in statistics:
-            own = operand.own(0, Role.AFFINE)
-            if own is not None:
-                call.freeze(own, *FIXED_AXIS)
-        return ((),) * len(call.results)
     for operand in statistics:
-        operand.adopt(0, labels, Role.AFFINE)
-    rest = len(call.results) - 1
-    return ((Factor((1,), labels),), *((),) * rest)
+        if labels is not None:
+            operand.adopt(0, labels, Role.AFFINE)
+        elif (own := operand.own(0, Role.AFFINE)) is not None:
+            call.freeze(own, *FIXED_AXIS)
+    if call.get("training") or ("_legit" in call.op and call.get("running_mean") is None):
+        for axis in sorted(found.keys() - {1}):
+            statistic(call, "input", axis, found[axis])
+    factors = tuple(Factor((a,), own) for a, own in found.items())
+    return (factors, *((),) * (len(call.results) - 1))
 
 
 def im2col(call: Call) -> tuple[Labels, ...]:

@@ -5,8 +5,10 @@ evaluates to the right number already (``x.size(0)``) stays symbolic, so batch a
 free.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from torch import fx
 
 from fxprune.capture.traced import Ref
+from fxprune.ops.call import base_name
 from fxprune.ops.sized_calls import Kind
 from fxprune.rewrite.shapes import SlimShapes
 
@@ -49,7 +52,7 @@ class Site:
     @property
     def input_name(self) -> str:
         """Keyword of the first argument, where the call spells it."""
-        return next(n for n in ("input", "tensor") if n in self.old_kwargs)
+        return next(n for n in ("input", "tensor", "self") if n in self.old_kwargs)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the original run, wherever it was written."""
@@ -83,8 +86,21 @@ class Site:
 
 
 def _agree(written: Any, value: Any, needed: int) -> Any:
-    """Keep what is written if it evaluates to what is needed (or lets PyTorch infer it)."""
-    return written if value in (needed, -1) else needed
+    """Keep what is written if it evaluates to what is needed (or lets PyTorch infer it).
+
+    A size that is computed (batch times heads) follows in proportion, so the batch stays free.
+    """
+    if value in (needed, -1):
+        return written
+    if not isinstance(written, fx.Node) or not value:
+        return needed
+    part = Fraction(needed, value)
+    with written.graph.inserting_after(written):
+        size = written.graph.call_function(operator.mul, (written, part.numerator))
+    if part.denominator == 1:
+        return size
+    with size.graph.inserting_after(size):
+        return size.graph.call_function(operator.floordiv, (size, part.denominator))
 
 
 def _edit_sizes(site: Site, position: int, name: str, needed: tuple[int, ...]) -> None:
@@ -132,6 +148,8 @@ def _edit_split(site: Site) -> None:
     if isinstance(value, int):
         value = [min(value, total - start) for start in range(0, total, value)]
     if list(value) != sizes:
+        if isinstance(site.node.target, torch._ops.OpOverload):
+            site.node.target = torch.ops.aten.split_with_sizes.default
         site.set(1, name, sizes)
 
 
@@ -183,9 +201,7 @@ def _position(old: Any, wrote: Any, value: Any, kept: Any) -> Any:
         return _agree(wrote, value, needed) if value != -1 else needed
     if not isinstance(old, slice):
         return wrote
-    chosen = range(*old.indices(len(kept)))
-    start, stop = (chosen[0], chosen[-1] + 1) if len(chosen) else (0, 0)
-    low, high = int(before[start]), int(before[stop])
+    low, high = _bounds(range(*old.indices(len(kept))), kept)
     n = int(kept.sum())
     if isinstance(value, slice) and value.indices(n) == (low, high, 1):
         return wrote
@@ -219,14 +235,44 @@ def _edit_like(site: Site) -> None:
             site.node.graph.call_method("size", (template, k)) if has == n else n
             for k, (has, n) in enumerate(zip(other, needed, strict=True))
         ]
-    method = str(site.node.target).removesuffix("_as")
+    method = (
+        base_name(site.node.target) if not isinstance(site.node.target, str) else site.node.target
+    )
+    site.node.op = "call_method"
+    method = method.removeprefix("aten::").removesuffix("_as")
     site.node.target, site.node.args, site.node.kwargs = method, (site.node.args[0], *sizes), {}
+
+
+def _edit_slice(site: Site) -> None:
+    dim = site.argument(1, "dim", 0) % site.ndim
+    kept = site.shapes.axis(site.input, dim)
+    if kept.all():
+        return
+    chosen = slice(*(site.argument(k, name) for k, name in ((2, "start"), (3, "end"))))
+    low, high = _bounds(range(*chosen.indices(len(kept))), kept)
+    site.set(2, "start", low)
+    site.set(3, "end", high)
+
+
+def _bounds(chosen: range, kept: Any) -> tuple[int, int]:
+    """Where a run of positions starts and ends among the kept ones."""
+    before = np.append(0, np.cumsum(kept))
+    if not len(chosen):
+        return 0, 0
+    return int(before[chosen[0]]), int(before[chosen[-1] + 1])
+
+
+def _edit_norm(site: Site) -> None:
+    count = len(site.value(1, "normalized_shape"))
+    _edit_sizes(site, 1, "normalized_shape", site.shapes.shape(site.result.id)[-count:])
 
 
 def _edit_squeeze(site: Site) -> None:
     """Name the axes, so that a channel axis that shrank to size 1 is not squeezed with them."""
     if site.argument(1, "dim") is None:
         before = site.shapes.deps.traced.values[site.input].shape
+        if isinstance(site.node.target, torch._ops.OpOverload):
+            site.node.target = torch.ops.aten.squeeze.dims
         site.set(1, "dim", tuple(k for k, size in enumerate(before) if size == 1))
 
 
@@ -265,6 +311,8 @@ EDITORS: dict[Kind, Callable[[Site], None]] = {
     Kind.NARROW: _edit_narrow,
     Kind.SELECT: _edit_select,
     Kind.LIKE: _edit_like,
+    Kind.SLICE: _edit_slice,
+    Kind.NORM: _edit_norm,
     Kind.SQUEEZE: _edit_squeeze,
     Kind.PAD: _edit_pad,
 }

@@ -21,14 +21,16 @@ def slim_tree(
     Args:
         graph_module: the original graph's modules.
         tensors: slim copies by ``id`` of the original tensor.
-        groups: new number of groups per convolution module whose number changes.
+        groups: new number of groups per convolution or group norm whose number changes.
     """
     memo: dict[int, object] = dict(tensors)
     root = _copy_container(graph_module, memo)
     for name, module in root.named_modules():
         if name in groups:
-            module.groups = groups[name]
-        _set_sizes(module)
+            setattr(
+                module, "num_groups" if isinstance(module, nn.GroupNorm) else "groups", groups[name]
+            )
+        set_sizes(module)
     return root
 
 
@@ -77,7 +79,7 @@ def _copy_value(value: Any, memo: dict[int, object]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _set_sizes(module: nn.Module) -> None:
+def set_sizes(module: nn.Module) -> None:
     """Make size attributes say what the parameters are."""
     for attribute, name, axis in MODULE_SIZES.get(type(module), ()):
         tensor = getattr(module, name, None)

@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import DependencyGraph, analyze
+from fxprune.errors import RewriteError
 from fxprune.ops.ledger import Gather
 from fxprune.ops.sized_calls import CHANNEL_NORMS, DATA_ARGUMENT, SIZED, Kind, target_of
 from fxprune.planning.check import kept_channels
@@ -36,6 +37,11 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
         PlanError: the plan contradicts itself.
         RewriteError: the plan keeps something that no tensor can hold.
     """
+    if traced.frontend == "eager":
+        raise RewriteError(
+            f"the model was captured without a graph ({traced.why or 'as asked'}), so there is "
+            "none to rewrite; apply_plan(model, plan, example_inputs) prunes its own modules"
+        )
     deps = analyze(traced)
     alive = np.append(kept_channels(deps, plan), True)
     shapes = SlimShapes(deps, alive)
@@ -58,7 +64,7 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
 
 
 def _group_counts(deps: DependencyGraph, shapes: SlimShapes) -> Iterator[tuple[str, int]]:
-    """(node, kept groups) of every convolution whose groups are removed as a whole."""
+    """(node, kept groups) of every operator whose groups are removed as a whole."""
     for record, labels in deps.ledger.group_counts.items():
         yield deps.traced.records[record].node, int(shapes.kept(labels).sum())
 
@@ -167,6 +173,9 @@ class _GraphRewriter:
         if kind is Kind.PAD:
             source = values[0].id
             module.padding = tuple(slim_padding(self.shapes, source, result.id, module.padding))
+        elif kind is Kind.NORM:
+            rank = len(module.normalized_shape)
+            module.normalized_shape = self.shapes.shape(result.id)[-rank:]
         elif isinstance(module, nn.Unflatten):
             dim = module.dim % len(self.traced.values[values[0].id].shape)
             needed = self.shapes.shape(result.id)[dim : dim + len(module.unflattened_size)]
@@ -241,11 +250,11 @@ def _numeric(result: Any) -> bool:
     return bool(leaves) and all(isinstance(x, (int, float, bool)) for x in leaves)
 
 
-_GROUPS_AT = 6  # position of ``groups`` in both F.conv*d and F.conv_transpose*d
-
-
 def _set_call_groups(node: fx.Node, groups: int) -> None:
-    if len(node.args) > _GROUPS_AT:
-        node.args = (*node.args[:_GROUPS_AT], groups, *node.args[_GROUPS_AT + 1 :])
+    """``F.group_norm`` takes its groups second, convolutions of both kinds seventh."""
+    norm = "group_norm" in str(node.target)
+    at, name = (1, "num_groups") if norm else (6, "groups")
+    if len(node.args) > at:
+        node.args = (*node.args[:at], groups, *node.args[at + 1 :])
     else:
-        node.kwargs = {**node.kwargs, "groups": groups}
+        node.kwargs = {**node.kwargs, name: groups}

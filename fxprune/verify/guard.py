@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.capture.kernels import plain_kernels
+
 _DOUBLE = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -122,7 +124,7 @@ class _DoubleCalls(TorchFunctionMode):
 def guarding(guard: Guard) -> Iterator[None]:
     """Run everything inside under a guard."""
     calls = _DoubleCalls(guard) if guard.double else contextlib.nullcontext()
-    with guard, calls:
+    with plain_kernels(), guard, calls:
         yield
 
 

@@ -5,7 +5,7 @@ where it takes another statistic over them (a mean, a maximum), it sees the kept
 channels are still computed and hold whatever they hold, so a reader that was overlooked shows up.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +214,10 @@ class _MaskingGuard(Guard):
         if self._families and (family := _family(func)) in self._families:
             if not self._pending or self._pending[-1].family != family:
                 raise _other_operators(self._node, f"{func} came unexpectedly")
-            for read in self._pending.pop().reads:
+            reads = self._pending.pop().reads
+            if family in NORMALISATIONS and reads:
+                return _normalised(func, reads, args, kwargs)
+            for read in reads:
                 args, kwargs = self._hidden(func, read, args, kwargs)
         return func(*args, **kwargs)
 
@@ -233,6 +236,62 @@ class _MaskingGuard(Guard):
         if at < len(args):
             return (*args[:at], tensor, *args[at + 1 :]), kwargs
         return args, {**kwargs, name: tensor}
+
+
+def _normalised(func: Any, reads: Sequence[Read], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A normalisation over the kept positions; at the removed ones it gives what it gave before."""
+    arguments = _named(func, args, kwargs)
+    whole = func(**arguments)
+    source = next(iter(arguments))
+    kept_on: dict[int, torch.Tensor] = {}
+    for read in reads:
+        name = str(read.operand)
+        operand = arguments[name]
+        if operand is None:
+            continue
+        arguments[name] = _left(operand, read.axis, read.kept)
+        if name == source:
+            index = torch.from_numpy(np.flatnonzero(read.kept)).to(operand.device)
+            kept_on[read.axis] = index
+    NORMALISATIONS[base_name(func)](arguments)
+    part = func(**arguments)
+    single = isinstance(whole, torch.Tensor)
+    result, inner = (whole, part) if single else (whole[0], part[0])
+    at = tuple(
+        (kept_on[k] if k in kept_on else torch.arange(size, device=result.device)).view(
+            [-1 if a == k else 1 for a in range(result.dim())]
+        )
+        for k, size in enumerate(result.shape)
+    )
+    result = result.clone()
+    result[at] = inner
+    return result if single else (result, *whole[1:])
+
+
+def _narrow_shape(arguments: dict[str, Any]) -> None:
+    rank = len(arguments["normalized_shape"])
+    arguments["normalized_shape"] = list(arguments["input"].shape[-rank:])
+
+
+def _narrow_count(arguments: dict[str, Any]) -> None:
+    arguments["C"] = arguments["input"].shape[1]
+
+
+# Operators whose result has the axis that they take a statistic over, and how to tell them that it
+# is narrower.
+NORMALISATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "aten::native_layer_norm": _narrow_shape,
+    "aten::native_group_norm": _narrow_count,
+    **dict.fromkeys(
+        (
+            "aten::_softmax",
+            "aten::_log_softmax",
+            "aten::_safe_softmax",
+            "aten::native_batch_norm",
+        ),
+        lambda arguments: None,
+    ),
+}
 
 
 def _other_operators(node: str, what: str) -> VerificationError:

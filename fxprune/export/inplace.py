@@ -1,0 +1,92 @@
+"""``apply_plan``: a plan carried out on a fresh instance of the author's class, or its weights."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.capture import TracedModel, trace
+from fxprune.capture.eager import FIXED_CALLS
+from fxprune.coupling import analyze
+from fxprune.errors import CaptureError, FingerprintError, VerificationError
+from fxprune.planning import PruningPlan
+from fxprune.rewrite.inplace import shrink, sizes_by_module, slim_state_dict
+from fxprune.verify import verify
+
+
+def apply_plan(model: Any, plan: PruningPlan, example_inputs: Any = None) -> Any:
+    """Prune a model's own modules in place, so that its class, methods and hooks survive.
+
+    Tensors are sliced, and sizes that modules remember (``out_channels``, ``groups``,
+    ``normalized_shape``, ``num_heads`` of the author's own classes, ...) follow. With example
+    inputs, this is tried on a copy first and compared with the masked original; the model is
+    touched only if both agree. Without them only names and shapes are checked, and whole numbers
+    among the attributes of the author's own classes stay as they are.
+
+    Args:
+        model: a fresh instance of the model that the plan was made for, or a ``state_dict``, which
+            is not modified.
+        plan: what to keep.
+        example_inputs: inputs as for ``trace``; for a module only.
+
+    Returns:
+        The model itself, pruned, or a new slim ``state_dict``.
+
+    Raises:
+        PlanError: the model lacks a tensor of the plan, or it has another size.
+        FingerprintError: the plan was made for another model.
+        VerificationError: the model's own code cannot work with the new sizes; it is unchanged.
+    """
+    if isinstance(model, Mapping):
+        return slim_state_dict(model, plan)
+    sizes: dict[str, dict[int, int]] = {}
+    if example_inputs is not None:
+        sizes = module_sizes(model, plan, example_inputs)
+        slim = slim_copy(model, plan, sizes)
+        verdict = verify(_captured_like(model, plan, example_inputs), slim, plan)
+        if not verdict.ok:
+            raise VerificationError(
+                f"{type(model).__name__} cannot be pruned in place: {verdict}. Its code may hold "
+                "sizes or positions that are no attributes of its modules; rewrite() edits them "
+                "in a traced graph"
+            )
+    shrink(model, plan, sizes)
+    return model
+
+
+def module_sizes(
+    model: nn.Module, plan: PruningPlan, example_inputs: Any
+) -> dict[str, dict[int, int]]:
+    """Which sizes become which, per module (see ``rewrite.inplace.sizes_by_module``)."""
+    return sizes_by_module(analyze(trace(model, example_inputs, "eager")), plan)
+
+
+def slim_copy(
+    model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int, int]]
+) -> nn.Module:
+    """A pruned copy of a model; the model itself is not modified."""
+    with torch.no_grad():
+        slim = copy.deepcopy(model)
+    shrink(slim, plan, sizes)
+    return slim
+
+
+def _captured_like(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> TracedModel:
+    """The capture that the plan was made from: every frontend has couplings of its own."""
+    for frontend in ("auto", "symbolic", "export", "eager"):
+        try:
+            traced = trace(model, example_inputs, frontend)
+        except CaptureError:
+            continue
+        variants = FIXED_CALLS if traced.frontend == "eager" else (frozenset[str](),)
+        for variant in variants:
+            traced = replace(traced, fixed_calls=variant, derived={})
+            if analyze(traced).fingerprint == plan.fingerprint:
+                return traced
+    raise FingerprintError(
+        f"the plan was made for another model than this {type(model).__name__}: other layers, "
+        "shapes or couplings"
+    )
