@@ -14,9 +14,10 @@ from fxprune.errors import ArgumentError, VerificationError
 from fxprune.export.inplace import module_sizes, slim_copy
 from fxprune.importance import CPMC, Criterion
 from fxprune.planning import PruningPlan, plan
-from fxprune.planning.budget import Share
+from fxprune.planning.budget import Share, parse_share
 from fxprune.recovery import Reconstruction, ReconstructionError, reconstruct_model
 from fxprune.recovery.batches import as_list
+from fxprune.recovery.criterion import REFITS
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -102,8 +103,7 @@ def prune(
     criterion: Criterion = importance or CPMC()
     if batches is not None:
         _check_graph(traced)
-        by = "params" if flops is None and params is not None else "macs"
-        criterion = importance or ReconstructionError(batches, by)
+        criterion = importance or _reconstruction_error(batches, flops, params)
 
     def run(captured: TracedModel) -> PruneResult:
         deps = analyze(captured)
@@ -159,6 +159,16 @@ def reconstruct(result: PruneResult, batches: Any, *, ridge: float | None = None
     slim = _check_graph(result.traced, result.model)
     model, done = reconstruct_model(result.traced, result.plan, slim, batches, ridge)
     return replace(result, model=model, reconstruction=done)
+
+
+def _reconstruction_error(
+    batches: list[Any], flops: Share | None, params: Share | None
+) -> ReconstructionError:
+    """The criterion for a budget: no weights are fitted for less than what shall be kept."""
+    by = "params" if flops is None and params is not None else "macs"
+    budget = params if by == "params" else flops
+    least = 1.0 if budget is None else parse_share(budget, "params" if by == "params" else "flops")
+    return ReconstructionError(batches, by, tuple(r for r in REFITS if r > least))
 
 
 def _check_graph(traced: TracedModel, slim: nn.Module | None = None) -> fx.GraphModule:

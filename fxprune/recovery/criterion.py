@@ -4,22 +4,29 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fxprune.coupling.graph import DependencyGraph
-from fxprune.errors import ArgumentError
+from fxprune.capture import trace
+from fxprune.coupling import DependencyGraph, analyze
+from fxprune.errors import ArgumentError, BudgetError
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
-from fxprune.recovery.batches import collect
+from fxprune.planning import PruningPlan, plan
+from fxprune.planning.check import kept_channels
+from fxprune.recovery.batches import Inputs, collect
 from fxprune.recovery.elimination import BoolArray, Reader, elimination_order
 from fxprune.recovery.evidence import Seen, observe
+from fxprune.recovery.reconstruct import reconstruct_model
+from fxprune.rewrite import rewrite
 
 _RIDGE = 1e-4  # share of the mean variance; what is weaker is not relied on to make up for others
 _COSTS = ("macs", "params")
+REFITS = (0.7, 0.5, 0.4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +37,8 @@ class ReconstructionError:
     that reads it is fitted anew by least squares*; it is divided by what the channel frees. Losses
     of different layers are comparable, because each is weighted by the squared gradient of the
     outputs. After every channel the losses of those that remain are brought up to date, so of two
-    channels that can stand in for each other one stays.
+    channels that can stand in for each other one stays. Now and then the weights are really fitted
+    and everything is measured anew on the slim model.
 
     Shapes: [n_channels], float64, 0 for the channel that leaves first. Units: none.
     Source: the least squares of He et al., ICCV 2017, arXiv:1707.06168, searched backwards with the
@@ -40,31 +48,76 @@ class ReconstructionError:
     Attributes:
         batches: calibration inputs without labels, as ``fp.reconstruct`` takes them.
         cost: what a channel frees: ``macs`` or ``params``.
+        refits: shares of that cost, descending, at which weights are fitted and losses measured
+            anew; more of them rank better and take longer.
     """
 
     batches: Any
     cost: str = "macs"
+    refits: tuple[float, ...] = REFITS
 
     def __post_init__(self) -> None:
-        """Refuse an unknown cost."""
+        """Refuse options that mean nothing."""
         if self.cost not in _COSTS:
             raise ArgumentError(f"cost={self.cost!r} is unknown; choose one of {_COSTS}")
+        steps = (1.0, *self.refits, 0.0)
+        if any(a <= b for a, b in pairwise(steps)):
+            raise ArgumentError(f"refits={self.refits!r} have to descend between 1 and 0")
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""
         inputs = collect(self.batches, deps.traced.graph_module, deps.traced.args)
         if not deps.n_channels:
             return torch.zeros(0, dtype=torch.float64)
+        order = self._order(deps, inputs)
+        for share in self.refits:
+            try:
+                chosen = plan(deps, _ranks(order), **self._budget(share))
+            except BudgetError:  # nothing is left to rank anew
+                break
+            fitted, _ = reconstruct_model(deps.traced, chosen, rewrite(deps.traced, chosen), inputs)
+            slim = analyze(trace(fitted, deps.traced.args))
+            alive = kept_channels(deps, chosen)
+            known = _translation(deps, chosen, slim)
+            again = known[self._order(slim, inputs)]
+            again = again[again >= 0]
+            rest = np.setdiff1d(np.flatnonzero(alive), again)  # prunable only in the whole model
+            order = np.concatenate([order[~alive[order]], again, rest])
+        return _ranks(order)
+
+    def _budget(self, share: float) -> dict[str, Any]:
+        return {"flops" if self.cost == "macs" else "params": share}
+
+    def _order(self, deps: DependencyGraph, inputs: list[Inputs]) -> IntArray:
+        """Channels in the order in which they are best left out."""
         readers, seen = [], set()
         for found in observe(deps.traced, inputs, _readers(deps)):
             if found.moments is not None:
                 seen.add(f"{found.name}.weight")
                 readers += list(_as_readers(deps, found))
         cost = deps.macs if self.cost == "macs" else deps.params
-        order = elimination_order(readers, cost.marginal, deps.group_of, _unseen(deps, seen))
-        scores = np.empty(deps.n_channels)
-        scores[order] = np.arange(deps.n_channels)
-        return torch.from_numpy(scores)
+        return elimination_order(readers, cost.marginal, deps.group_of, _unseen(deps, seen))
+
+
+def _ranks(order: IntArray) -> torch.Tensor:
+    ranks = np.empty(len(order))
+    ranks[order] = np.arange(len(order))
+    return torch.from_numpy(ranks)
+
+
+def _translation(deps: DependencyGraph, chosen: PruningPlan, slim: DependencyGraph) -> IntArray:
+    """Channel of the original for every channel of the slim model, -1 where there is none."""
+    found = np.full(slim.n_channels, -1, dtype=np.int64)
+    kept = {(a.name, a.axis): np.array(a.kept) for a in chosen.axes}
+    before = {(a.name, a.axis): a.channels for a in deps.axes if a.blocks == 1}
+    for axis in slim.axes:
+        key = axis.name, axis.axis
+        if axis.blocks == 1 and key in before:
+            channels = before[key][kept[key]] if key in kept else before[key]
+            both = (axis.channels >= 0) & (axis.channels < slim.n_channels)
+            both &= (channels >= 0) & (channels < deps.n_channels)
+            found[axis.channels[both]] = channels[both]
+    return found
 
 
 def _readers(deps: DependencyGraph) -> set[str]:
