@@ -12,11 +12,9 @@ from fxprune.capture.inputs import describe
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ExampleInputError, NonFiniteError
 from fxprune.recovery.batches import Inputs
-from fxprune.recovery.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer
 from fxprune.recovery.moments import Moments
 from fxprune.verify.guard import undisturbed
-
-MOST_UNKNOWNS = 8192  # widest layer whose second moments are worth their memory (half a gigabyte)
 
 
 @dataclass(slots=True, eq=False)

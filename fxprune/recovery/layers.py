@@ -18,6 +18,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FITTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
+MOST_UNKNOWNS = 8192  # widest layer whose second moments are worth their memory (half a gigabyte)
 CHUNK_BYTES = 64 * 2**20  # of float64 rows that exist at a time
 
 

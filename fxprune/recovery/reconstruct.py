@@ -21,7 +21,7 @@ from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.planning.plan import PruningPlan
 from fxprune.recovery.batches import collect
-from fxprune.recovery.layers import FITTED, NORMS, Layer
+from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer
 from fxprune.recovery.moments import Moments
 from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.solve import ridge_solution, strength_by_folds
@@ -175,6 +175,8 @@ class _Fitter:
             return "it normalises by the statistics of the batch"
         if self.pair.calls[id(module)] > 1 or self.owners[id(module.weight)] > 1:
             return "its weights are used more than once"
+        if layer.unknowns > MOST_UNKNOWNS:
+            return f"{layer.unknowns:,} unknowns per output; at most {MOST_UNKNOWNS:,} are fitted"
         return ""
 
     def _fit(self, node: fx.Node, layer: Layer, aim: Aim) -> tuple[int, float]:
