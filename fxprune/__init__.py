@@ -29,7 +29,7 @@ from fxprune.errors import (
 from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.planning import PruningPlan, plan
-from fxprune.recovery import ReconstructionError, recalibrate
+from fxprune.recovery import LASSO, ReconstructionError, recalibrate
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -39,6 +39,7 @@ __all__ = [
     "CPMC",
     "L1",
     "L2",
+    "LASSO",
     "ArgumentError",
     "ArtifactError",
     "BudgetError",

@@ -91,7 +91,7 @@ class ReconstructionError:
     def _order(self, deps: DependencyGraph, inputs: list[Inputs]) -> IntArray:
         """Channels in the order in which they are best left out."""
         readers, seen = [], set()
-        for found in observe(deps.traced, inputs, _readers(deps)):
+        for found in observe(deps.traced, inputs, consumers(deps)):
             if found.moments is not None:
                 seen.add(f"{found.name}.weight")
                 readers += list(_as_readers(deps, found))
@@ -120,8 +120,8 @@ def _translation(deps: DependencyGraph, chosen: PruningPlan, slim: DependencyGra
     return found
 
 
-def _readers(deps: DependencyGraph) -> set[str]:
-    """Layers that read prunable channels."""
+def consumers(deps: DependencyGraph) -> set[str]:
+    """Names of the layers that read prunable channels."""
     slots = (s.parameter for g in deps.groups for s in g.slots)
     return {p.layer for p in slots if p.role is Role.CONSUMER}
 
@@ -160,6 +160,11 @@ def _made(deps: DependencyGraph, seen: Seen) -> IntArray:
         if produces and len(axis.channels) == len(made):
             made = np.where(axis.channels < deps.n_channels, axis.channels, -1)
     return made
+
+
+def readers_of(deps: DependencyGraph, seen: Seen) -> list[tuple[tuple[IntArray, IntArray], ...]]:
+    """Per group of a layer, the channels it reads and their rows among its unknowns."""
+    return [tuple(_parts(deps, seen, b)) for b in range(seen.layer.groups)]
 
 
 def _parts(deps: DependencyGraph, seen: Seen, block: int) -> Iterator[tuple[IntArray, IntArray]]:
