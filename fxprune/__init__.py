@@ -28,6 +28,8 @@ from fxprune.errors import (
 )
 from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
+from fxprune.ops import rules
+from fxprune.ops.registry import register_rule
 from fxprune.planning import PruningPlan, plan
 from fxprune.recovery import LASSO, ReconstructionError, recalibrate
 from fxprune.rewrite import rewrite
@@ -67,7 +69,9 @@ __all__ = [
     "prune",
     "recalibrate",
     "reconstruct",
+    "register_rule",
     "rewrite",
+    "rules",
     "save",
     "trace",
     "verify",
