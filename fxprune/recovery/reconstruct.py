@@ -239,16 +239,21 @@ class _Fitter:
     def _intercept(self, node: fx.Node) -> tuple[torch.Tensor, float] | None:
         """What can hold a constant added to what a layer returns, and with which sign."""
         module = self.pair.modules[node]
+        norm = self._norm_behind(node)
         if module.bias is not None and self.owners[id(module.bias)] == 1:
             return module.bias, 1.0
-        if len(node.users) == 1:
-            (user,) = node.users
-            norm: Any = self.pair.modules.get(user)
-            holds = isinstance(norm, NORMS) and norm.running_mean is not None
-            if holds and self.pair.calls[id(norm)] == 1:
-                self.settled.add(user)
-                return norm.running_mean, -1.0
-        return None
+        return None if norm is None else (norm.running_mean, -1.0)
+
+    def _norm_behind(self, node: fx.Node) -> Any:
+        """The BatchNorm that alone reads a layer; nothing is left to it once that is fitted."""
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        norm: Any = self.pair.modules.get(user) if user is not None else None
+        if not isinstance(norm, NORMS) or norm.running_mean is None:
+            return None
+        if user is None or self.pair.calls[id(norm)] > 1:
+            return None
+        self.settled.add(user)
+        return norm
 
 
 def _solution(
