@@ -140,3 +140,19 @@ def test_activations_that_are_not_finite_are_refused_and_nothing_is_written() ->
     with pytest.raises(fp.NonFiniteError, match="_2 reads NaN"):
         fp.recalibrate(model, torch.randn(8, 2, 3, 3))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_model_without_a_graph_is_refused_and_not_changed() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) if x.sum().item() > -1e9 else x
+
+    model = Branching().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fp.CaptureError):
+        fp.recalibrate(model, torch.randn(8, 2, 3, 3))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

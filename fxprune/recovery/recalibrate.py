@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fxprune.capture import trace
-from fxprune.errors import NonFiniteError
+from fxprune.errors import CaptureError, NonFiniteError
 from fxprune.recovery.batches import as_list, collect, required_inputs
 from fxprune.recovery.lockstep import Lockstep
 from fxprune.verify.guard import undisturbed
@@ -45,7 +45,13 @@ def recalibrate(model: nn.Module, batches: Any) -> nn.Module:
         graph_module = model
     else:
         given = [required_inputs(model, item) for item in given]
-        graph_module = trace(model, given[0]).graph_module
+        traced = trace(model, given[0])
+        if traced.frontend == "eager":
+            raise CaptureError(
+                f"recalibration follows the graph of a model, and of {type(model).__name__} none "
+                f"could be captured: {traced.why}"
+            )
+        graph_module = traced.graph_module
     inputs = collect(given, graph_module)
     norms = {n: m for n, m in graph_module.named_modules() if _keeps_statistics(m)}
     saved = [(t, t.clone()) for m in norms.values() for t in (m.running_mean, m.running_var)]
