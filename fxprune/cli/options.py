@@ -75,9 +75,14 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
     budget.add_argument("--params", metavar="SHARE", help=share.format("parameters"))
     budget.add_argument(
         "--importance",
-        choices=("cpmc", "l1", "l2", "random"),
-        default="cpmc",
-        help="how channels are ranked (default: cpmc)",
+        choices=("cpmc", "l1", "l2", "random", "reconstruction"),
+        help="how channels are ranked (default: cpmc, or reconstruction with --calibration)",
+    )
+    budget.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="samples without labels, to reconstruct the kept weights from: a tensor [samples, "
+        "...] or one per input by name, as .npy, .npz, .pt, .pth or .safetensors",
     )
     budget.add_argument(
         "--round-to", type=int, metavar="N", help="make widths multiples of N (default: 1)"
