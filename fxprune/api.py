@@ -68,6 +68,7 @@ def prune(
     round_to: int = 1,
     min_channels: int = 1,
     max_ratio: float = 0.9,
+    approximate: bool = True,
     frontend: str = "auto",
     verify: bool = True,
 ) -> PruneResult:
@@ -91,6 +92,7 @@ def prune(
         round_to: widths of groups become multiples of this.
         min_channels: every group keeps at least so many channels.
         max_ratio: largest share of a group that may be removed.
+        approximate: prune groups over which a statistic is taken (layer norm, a mean) too.
         frontend: see ``trace``.
         verify: compare the slim model with the masked original.
 
@@ -118,6 +120,7 @@ def prune(
             round_to=round_to,
             min_channels=min_channels,
             max_ratio=max_ratio,
+            approximate=approximate,
         )
         slim = _slimmed(captured, chosen, model, example_inputs)
         verdict = _verified(captured, slim, chosen) if verify else None

@@ -73,13 +73,13 @@ def _traced(
 ) -> fp.TracedModel:
     model, inputs = _model(name, options, recorded_in)
     _say(f"tracing {name}")
-    return fp.trace(model, inputs)
+    return fp.trace(model, inputs, options.frontend)
 
 
 def _prune_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, by the names that ``prune`` has for them; its defaults else."""
-    names = ("flops", "params", "ignore", "round_to", "min_channels", "max_ratio")
-    chosen = {name: getattr(options, name) for name in names}
+    names = "flops params ignore round_to min_channels max_ratio approximate frontend"
+    chosen = {name: getattr(options, name) for name in names.split()}
     criteria: dict[str, Callable[[], Any]] = {
         "cpmc": fp.CPMC,
         "l1": fp.L1,

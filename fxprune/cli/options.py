@@ -94,6 +94,12 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
         "--max-ratio", type=float, metavar="R", help="remove at most this share of any group"
     )
     budget.add_argument(
+        "--no-approximate",
+        dest="approximate",
+        action="store_false",
+        help="keep channels that a statistic is taken over, such as those of a layer norm",
+    )
+    budget.add_argument(
         "--ignore",
         action="append",
         metavar="NAME",
@@ -122,6 +128,12 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         metavar="SHAPE",
         help="shape of an example input, e.g. 1,3,224,224; repeat it for several inputs "
         "(default: that, for torchvision models; what was recorded, for saved ones)",
+    )
+    model.add_argument(
+        "--frontend",
+        choices=("auto", "symbolic", "export", "eager"),
+        default="auto",
+        help="how the graph is captured (default: auto)",
     )
     model.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of random weights and inputs (default: 0)"
