@@ -70,6 +70,7 @@ def prune(
     max_ratio: float = 0.9,
     approximate: bool = True,
     frontend: str = "auto",
+    opaque: str | Iterable[str] = (),
     verify: bool = True,
 ) -> PruneResult:
     """Prune a model to a budget: trace, analyze, score, plan, rewrite, verify.
@@ -94,6 +95,7 @@ def prune(
         max_ratio: largest share of a group that may be removed.
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too.
         frontend: see ``trace``.
+        opaque: modules to leave alone, see ``trace``.
         verify: compare the slim model with the masked original.
 
     Raises:
@@ -101,7 +103,7 @@ def prune(
         VerificationError: the slim model does not equal the masked original.
     """
     batches = None if calibration is None else as_list(calibration)
-    traced = trace(model, example_inputs, frontend)
+    traced = trace(model, example_inputs, frontend, opaque=opaque)
     criterion: Criterion = importance or CPMC()
     if batches is not None:
         _check_graph(traced)
