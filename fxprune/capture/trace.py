@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fnmatch
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,12 +64,32 @@ def trace(
     _check_initialised(named)
     _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
-    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)), plain_kernels():
+    with (
+        _unchanged(model),
+        torch.random.fork_rng(devices=_devices(model)),
+        plain_kernels(),
+        _collector_paused(),
+    ):
         eager, kernels = _record_eager(model, inputs, named)
         session = _Session(model, inputs, named, eager, kernels)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
     return replace(captured, opaque=left_alone) if left_alone else captured
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cycles: a capture makes many small objects and frees hardly any.
+
+    On a large model a full collection in the middle takes as long as all the rest.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _matching_modules(model: nn.Module, patterns: str | Iterable[str]) -> tuple[str, ...]:
