@@ -22,6 +22,7 @@ from examples.coverage.entry import Entry
 from examples.coverage.randomize import call, randomize
 
 Row = dict[str, Any]
+INTERFACE = frozenset({"network-input", "network-output"})
 LOWEST = re.compile(r"\(([01]\.\d+)\) is the lowest reachable")
 
 
@@ -117,6 +118,8 @@ def facts(deps: fp.DependencyGraph) -> Row:
     for refusal in deps.refusals:
         nodes.setdefault((refusal.code, refusal.op), []).append(refusal.node)
     for group in deps.frozen:
+        if INTERFACE & {r.code for r in group.reasons}:
+            continue  # held whatever is refused
         by_reason.update(dict.fromkeys({(r.code, r.op) for r in group.reasons}, group.width))
     return {
         "groups": len(deps.groups),

@@ -201,19 +201,26 @@ def _refusals(rows: Sequence[Row]) -> str:
     example: dict[tuple[str, str], str] = {}
     for row in rows:
         for refusal in row.get("refusals", ()):
+            if not refusal["channels"]:
+                continue
             key = (refusal["code"], refusal["op"])
             models[key].append(row["name"])
             held[key] += refusal["channels"]
             example.setdefault(key, f"{row['name']}: {refusal['example']}")
     if not models:
         return "None."
+    intro = (
+        "What holds channels that are neither inputs nor outputs of their model. A channel that "
+        "several operators hold is counted for each.\n\n"
+    )
     order = sorted(models, key=lambda key: (-len(models[key]), key))
     table = [
         [f"[{code}](refusals.md#{code})", f"`{op}`", len(models[code, op]), f"{held[code, op]:,}",
          _cell(example[code, op])]
         for code, op in order
     ]  # fmt: skip
-    return _table(["code", "operator", "models", "channels held", "for example"], table)
+    headers = ["code", "operator", "models", "channels held", "for example"]
+    return intro + _table(headers, table)
 
 
 def _failures(rows: Sequence[Row]) -> str:
