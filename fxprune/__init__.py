@@ -28,6 +28,8 @@ from fxprune.errors import (
 )
 from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
+from fxprune.ops import rules
+from fxprune.ops.registry import register_rule
 from fxprune.planning import PruningPlan, plan
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
@@ -62,7 +64,9 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "register_rule",
     "rewrite",
+    "rules",
     "save",
     "trace",
     "verify",

@@ -33,6 +33,7 @@ _ASSERTIONS = frozenset(
     "_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range "
     "sym_constrain_range_for_size".split()
 )
+_MOVES = frozenset({torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device})
 # ATen operators that behave differently in training: which argument says so.
 _TRAINING_ARGUMENT: dict[Any, int] = {
     torch.ops.aten.dropout.default: 2,
@@ -99,7 +100,11 @@ def _export(
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
     printed = io.StringIO()  # a failing export prints its half-made graph
-    with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
         warnings.simplefilter("ignore")
         log.setLevel(logging.ERROR)  # what goes wrong is in the exception too
         try:
@@ -300,10 +305,21 @@ class _Builder:
             container: Any = node.args[0]
             if isinstance(self.nodes.get(container), tuple):  # of a region that was inlined
                 return self.nodes[container][node.args[1]]
+        if node.target in _MOVES:
+            return self._cast(node)
         new = self.graph.node_copy(node, self._node)
         new.meta = {}
         self._switch_with_training(node, new)
         return new
+
+    def _cast(self, node: fx.Node) -> Any:
+        """``x.to(device, dtype)`` without the device, so that the graph runs on any."""
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        x, dtype = self._node(given["self"]), given.get("dtype")
+        if dtype is None:
+            return x
+        return self.graph.call_function(torch.ops.aten.to.dtype, (x, dtype))
 
     def _inlined(self, node: fx.Node) -> Any:
         """The body of ``with torch.no_grad():`` and the like, without the region around it."""

@@ -43,7 +43,8 @@ OUTPUT = (
 
 def label(traced: TracedModel) -> Ledger:
     """Labels, equations, roles and costs of everything one run executed."""
-    ledger = Ledger(grouped=_grouped_weights(traced))
+    buffers = frozenset(v.name for v in traced.values if v.kind == "buffer")
+    ledger = Ledger(buffers=buffers, grouped=_grouped_weights(traced))
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
     _protect_outputs(traced, ledger)

@@ -89,7 +89,7 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
 
 def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) -> None:
     """A product of two activations reads channels without any weight column to zero."""
-    if any(p.operand.weight for p in places):
+    if any(p.operand.weight for p in places) or not call.op.startswith("aten::"):
         return
     for p in {p.letter: p for p in reversed(places)}.values():
         if p.letter in tracked:

@@ -1,5 +1,6 @@
 """Operators that bring several channel axes together, or fold one into blocks."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,9 @@ Rule = Callable[[Call], tuple[Labels, ...]]
 
 def cat(call: Call) -> tuple[Labels, ...]:
     """Concatenate labels along the axis; elsewhere the operands meet as in pointwise."""
-    operands = [o for o in call["tensors"] if o.shape != (0,)]
+    operands = [o for o in call["tensors"] if math.prod(o.shape)]
+    if not operands:
+        return ((),)
     ndim = len(call.shapes[0])
     axis = call.get("dim", 0) % ndim
     known = [o.axes() for o in operands]

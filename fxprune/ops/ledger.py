@@ -3,6 +3,7 @@
 Rules only ever add to it. Solving what was added is the business of ``fxprune.coupling``.
 """
 
+import bisect
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -115,6 +116,7 @@ class Ledger:
     pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     frozen: list[tuple[IntArray, Refusal]] = field(default_factory=list)
     parameters: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
     grouped: dict[str, int] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
@@ -174,11 +176,24 @@ class Ledger:
 
     def mark(self, labels: IntArray, role: Role) -> None:
         """Set the role of the parameter axis that owns these fresh labels (weights in a chain)."""
-        starts = [start for start, _, _ in self._owners]
-        at = int(np.searchsorted(starts, int(labels.flat[0]), side="right")) - 1
-        if at >= 0:
-            _, name, axis = self._owners[at]
-            self.parameters[name, axis].role = role
+        owner = self._owner(labels)
+        if owner is not None:
+            self.parameters[owner].role = role
+
+    def of_buffer(self, labels: IntArray) -> bool:
+        """Whether the labels are of a buffer: constants that no layer makes, such as masks."""
+        owner = self._owner(labels)
+        return owner is not None and owner[0] in self.buffers
+
+    def _owner(self, labels: IntArray) -> tuple[str, int] | None:
+        """The parameter axis that owns fresh labels."""
+        label = int(labels.flat[0])
+        at = bisect.bisect_right(self._owners, label, key=lambda owner: owner[0]) - 1
+        if at < 0:
+            return None
+        start, name, axis = self._owners[at]
+        inside = label < start + self.parameters[name, axis].labels.size
+        return (name, axis) if inside else None
 
     def settle(self, factor: Factor, keep: int | None = None) -> Factor:
         """Make a joint factor a factor over one axis: its entries along the others become one."""

@@ -333,6 +333,24 @@ def _by_tensor(call: Call, x: Operand, axis: int, index: Any) -> Labels:
     return tuple(f for f in arrived(call, tuple(moved)) if f.labels.size > 1)
 
 
+def gather(call: Call) -> tuple[Labels, ...]:
+    """``gather``: picks along one axis by a tensor; on the others it meets that tensor."""
+    x, picked = call["self"], call["index"]
+    axis = call["dim"] % max(len(x.shape), 1)
+    mine, its = x.axes(), picked.axes()
+    factors = []
+    for a, labels in mine.items():
+        if a == axis or x.shape[a] != picked.shape[a] or a not in its:
+            call.freeze(labels, *UNKNOWN_INDEX)
+        else:
+            call.ledger.equate(labels, its[a])
+            factors.append(Factor((a,), labels))
+    for a, labels in its.items():
+        if a not in mine or a == axis:
+            call.freeze(labels, *FIXED_AXIS)
+    return (tuple(factors),)
+
+
 def flip(call: Call) -> tuple[Labels, ...]:
     """Reversed order: kept positions come out reversed too, so nothing else is needed."""
     labels = call["self"].labels
@@ -401,6 +419,7 @@ RULES: dict[str, Rule] = {
     "aten::unbind": unbind,
     "aten::index_select": index_select,
     "aten::index": index,
+    "aten::gather": gather,
     "aten::flip": flip,
     "aten::unfold": unfold,
     "aten::roll": roll,

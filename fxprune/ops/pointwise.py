@@ -63,7 +63,7 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
         for o in operands
         for f in o.labels
         for a in f.axes
-        if len(f.axes) == 1
+        if len(f.axes) == 1 and not call.ledger.of_buffer(f.labels)
     }
     known: Known = []
     for operand in operands:
@@ -128,8 +128,9 @@ def _meet(call: Call, known: Known, axis: int) -> IntArray | None:
         operand.adopt(at, labels, Role.AFFINE if tracked else Role.FIXED)
     if len(tracked) == len(others):
         return labels
-    call.freeze(labels, *(UNTRACKED if tracked else FIXED_AXIS))
-    return labels if tracked else None
+    made = any(not (o.weight or call.ledger.of_buffer(own)) for o, own in tracked)
+    call.freeze(labels, *(UNTRACKED if made else FIXED_AXIS))
+    return None
 
 
 def is_pointwise(op: torch._ops.OpOverload) -> bool:

@@ -148,6 +148,8 @@ def _edit_split(site: Site) -> None:
     if isinstance(value, int):
         value = [min(value, total - start) for start in range(0, total, value)]
     if list(value) != sizes:
+        if isinstance(site.node.target, torch._ops.OpOverload):
+            site.node.target = torch.ops.aten.split_with_sizes.default
         site.set(1, name, sizes)
 
 

@@ -180,9 +180,10 @@ class _Finder:
 
     def check_known_contractions(self) -> None:
         """A weight can only be read by an operator whose summed axes are known here."""
+        declared = {read.record for read in self.deps.ledger.reads if read.exact}
         for contraction in self.deps.ledger.contractions:
             record = self.traced.records[contraction.record]
-            if _family(record.op) in ("product", "convolution"):
+            if _family(record.op) in ("product", "convolution") or contraction.record in declared:
                 continue
             if not all(self.kept(labels).all() for labels in contraction.factors):
                 raise VerificationError(
