@@ -1,35 +1,32 @@
-"""Is the captured graph the model? Compare two recordings operator by operator, no arithmetic.
+"""Is the captured graph the model? Compare what two recordings compute, without arithmetic.
 
-Two recordings that run the same operators on the same operands in the same order compute the same
-function of parameters and inputs. Tracing turns ``x += y`` into ``x = x + y``, so operands are
-compared as versions: an in-place operator gives its operand a new version. Whoever then reads an
-old alias of it (a view taken earlier) would see the write in one model and not in the other; such
-recordings are not called equal.
+Every tensor gets a number for its content: the same operator on the same contents gives the same
+content, wherever and in whatever order it runs. Tracing turns ``x += y`` into ``x = x + y``, so an
+in-place operator gives its operand a new content. Whoever then reads an old alias of it (a view
+taken earlier) would see the write in one model and not in the other; such recordings are not called
+equal. Movements that leave a tensor as it is (``x[:]``) are nothing, and sizes count as they come
+out (``view(-1)``), since tracing resolves them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable
+from functools import cache
 from typing import Any
 
 import torch
 
-from fxprune.capture.record import Recording, tree_leaves
+from fxprune.capture.record import Recording, return_aliases, tree_leaves, written_arguments
 from fxprune.capture.traced import Record, Ref, Value
 
 
 def same_computation(a: Recording, b: Recording) -> bool:
     """Whether two recordings certainly compute the same outputs. False means: not certain."""
-    first, second = _Versions(a), _Versions(b)
-    if len(a.records) != len(b.records):
+    known: dict[Hashable, int] = {}
+    first, second = _Contents(a, known), _Contents(b, known)
+    try:
+        return first.result() == second.result() and not (first.unclear or second.unclear)
+    except TypeError:  # a literal that has no hash
         return False
-    for x, y in zip(a.records, b.records, strict=True):
-        if _name(x) != _name(y) or first.read(x) != second.read(y):
-            return False
-        if first.write(x) != second.write(y):
-            return False
-    same_output = bool(first.of_tree(a.output) == second.of_tree(b.output))
-    clear = not (first.unclear or second.unclear)
-    return same_output and clear and _same_sources(first, second)
 
 
 def written_state(recording: Recording) -> set[str]:
@@ -42,80 +39,117 @@ def written_state(recording: Recording) -> set[str]:
     }
 
 
-def _name(record: Record) -> tuple[str, str]:
-    name = record.op._schema.name
+@cache
+def _name(op: torch._ops.OpOverload) -> tuple[str, str]:
+    name = op._schema.name
     in_place = name.endswith("_") and not name.endswith("__")
-    return name[:-1] if in_place else name, record.op._overloadname
+    return name[:-1] if in_place else name, op._overloadname
 
 
-def _written(record: Record) -> Iterator[Ref]:
-    for position, argument in enumerate(record.op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = (
-                record.args[position]
-                if position < len(record.args)
-                else record.kwargs.get(argument.name)
-            )
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Ref))
+def _written(record: Record) -> list[Ref]:
+    written = written_arguments(record.op, record.args, record.kwargs)
+    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Ref)] if written else []
 
 
-class _Versions:
-    """Numbers tensors by when their content came to be, in order of appearance."""
+_SAME = frozenset(
+    f"aten::{name}"
+    for name in "alias clone contiguous detach lift lift_fresh lift_fresh_copy".split()
+)
+_SIZED = frozenset(
+    f"aten::{name}" for name in "view _unsafe_view reshape expand slice squeeze unsqueeze".split()
+)
+_BY_SHAPE = frozenset(f"aten::{name}" for name in "view _unsafe_view reshape expand".split())
 
-    def __init__(self, recording: Recording) -> None:
-        self.values = recording.values
-        self.origins = recording.origins
+
+class _Contents:
+    """Numbers the tensors of a recording by content; ``known`` is shared by those to compare."""
+
+    def __init__(self, recording: Recording, known: dict[Hashable, int]) -> None:
+        self.recording = recording
+        self.known = known
         self.unclear = False
-        self.sources: list[Value] = []  # tensors that were there before anything ran
-        self._version: dict[int, int] = {}
+        self._content: dict[int, int] = {}
         self._family: dict[int, int] = {}  # tensors that share memory with each other
         self._members: dict[int, set[int]] = defaultdict(set)
         self._stale: set[int] = set()
-        self._count = 0
+        self._drawn = 0
 
-    def of_tree(self, tree: Any) -> Any:
-        """Replace Refs by versions."""
+    def result(self) -> Hashable:
+        """What the recorded run returned, and what it wrote to tensors that were there before."""
+        for record in self.recording.records:
+            self._run(record)
+        written = sorted(
+            (self._source(self.recording.values[v]), content)
+            for v, content in self._content.items()
+            if v in self.recording.origins and content != self._source(self.recording.values[v])
+        )
+        return self._tree(self.recording.output), tuple(written)
+
+    def _number(self, key: Hashable) -> int:
+        return self.known.setdefault(key, len(self.known))
+
+    def _tree(self, tree: Any) -> Hashable:
         if isinstance(tree, Ref):
-            return ("version", self._of(tree))
+            return ("content", self._of(tree))
         if isinstance(tree, (list, tuple)):
-            return [self.of_tree(item) for item in tree]
+            return tuple([self._tree(item) for item in tree])
         if isinstance(tree, dict):
-            return {key: self.of_tree(item) for key, item in tree.items()}
-        return tree
+            return tuple([(key, self._tree(item)) for key, item in tree.items()])
+        return type(tree), tree
 
-    def read(self, record: Record) -> Any:
-        """The operator's arguments."""
-        return self.of_tree([record.args, record.kwargs])
-
-    def write(self, record: Record) -> list[int | None]:
-        """Give everything that the operator returns or writes its version."""
-        written = list(_written(record))
-        for ref in written:
+    def _run(self, record: Record) -> None:
+        key = self._key(record)
+        written = _written(record)
+        for k, ref in enumerate(written):
             family = self._family.get(ref.id, ref.id)
             self._stale |= self._members[family] - {ref.id}
-            self._renew(ref)
-        fresh: list[int | None] = []
-        for out, returned in zip(record.outputs, _returned(record), strict=False):
+            self._set(ref, self._number((key, k)))
+        for k, (out, returned) in enumerate(zip(record.outputs, _returned(record), strict=False)):
             if out is None:
-                fresh.append(None)
                 continue
             if out not in written:
-                self._renew(out)
+                self._set(out, key if isinstance(key, int) else self._number((key, k)))
             if returned is not None and not returned.is_write:
                 self._share(out, record)
-            fresh.append(self._version[out.id])
-        return fresh
+
+    def _key(self, record: Record) -> Hashable:
+        """What the operator computes; a number where its result is its operand."""
+        name, overload = _name(record.op)
+        if name in _SAME or (name in _SIZED and self._keeps_shape(record)):
+            return self._of(record.args[0])
+        drawn: Hashable = None
+        if torch.Tag.nondeterministic_seeded in record.op.tags:
+            self._drawn = drawn = self._drawn + 1
+        if name in _BY_SHAPE:
+            shape = self.recording.values[record.outputs[0].id].shape  # type: ignore[union-attr]
+            return "aten::view" if "expand" not in name else name, self._of(record.args[0]), shape
+        return name, overload, drawn, self._tree(record.args), self._tree(record.kwargs)
+
+    def _keeps_shape(self, record: Record) -> bool:
+        out = record.outputs[0]
+        values = self.recording.values
+        return out is not None and values[out.id].shape == values[record.args[0].id].shape
 
     def _of(self, ref: Ref) -> int:
         self.unclear |= ref.id in self._stale
-        if ref.id not in self._version:
-            self.sources.append(self.values[ref.id])
-            self._renew(ref)
-        return self._version[ref.id]
+        if ref.id not in self._content:
+            self._content[ref.id] = self._source(self.recording.values[ref.id])
+        return self._content[ref.id]
 
-    def _renew(self, ref: Ref) -> None:
-        self._version[ref.id] = self._count
-        self._count += 1
+    def _source(self, value: Value) -> int:
+        """A tensor that was there before anything ran: the caller's own, or a constant."""
+        origin = self.recording.origins.get(value.id)
+        if origin is not None:
+            return self._number(("caller's", origin))
+        if value.data is None:
+            self.unclear = True
+            return self._number(("unknown", id(self), value.id))
+        data = value.data.detach().cpu().contiguous()
+        content = data.flatten().view(torch.uint8).numpy().tobytes()
+        return self._number(("constant", data.dtype, data.shape, content))
+
+    def _set(self, ref: Ref, content: int) -> None:
+        self._content[ref.id] = content
         self._stale.discard(ref.id)
 
     def _share(self, out: Ref, record: Record) -> None:
@@ -127,21 +161,6 @@ class _Versions:
                 self._family[out.id] = family
 
 
-def _returned(record: Record) -> list[Any]:
-    returns = [r.alias_info for r in record.op._schema.returns]
+def _returned(record: Record) -> tuple[Any, ...]:
+    returns = return_aliases(record.op)
     return returns * len(record.outputs) if len(returns) == 1 else returns
-
-
-def _same_sources(a: _Versions, b: _Versions) -> bool:
-    return len(a.sources) == len(b.sources) and all(
-        x.shape == y.shape
-        and a.origins.get(x.id) == b.origins.get(y.id)  # the very same parameter or input
-        and _same_data(x.data, y.data)
-        for x, y in zip(a.sources, b.sources, strict=True)
-    )
-
-
-def _same_data(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.dtype == b.dtype and torch.equal(a, b))

@@ -8,13 +8,14 @@ only inside the dispatcher, so nothing of the caller's is touched. Where a model
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxprune.capture.meta import MetaKernels
+from fxprune.capture.meta import MetaKernels, swap
 from fxprune.capture.traced import Record, Ref, Value
 
 Args = tuple[Any, ...]
@@ -41,10 +42,11 @@ class Recorder(TorchDispatchMode):
         self.records: list[Record] = []
         self.values: list[Value] = []
         self._kernels = kernels
+        if kernels is not None:
+            kernels.forget_twins()
         self._known = {id(t): (kind, name) for kind, name, t in named}
         self._known.update({id(t): ("input", "") for t in inputs})
         self._refs: dict[int, Ref] = {}
-        self._twins: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # an id() is only unique while its object lives
         self._written: set[int] = set()  # storages of real tensors that symbolic data went into
 
@@ -71,22 +73,21 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Record ``func`` and run it, on twins if any operand is symbolic."""
         kwargs = kwargs or {}
-        refs = tuple(_swap(a, self.ref) for a in args)
-        kw_refs = {k: _swap(a, self.ref) for k, a in kwargs.items()}
-        operands = list(_tensors([*args, *kwargs.values()]))
+        refs = tuple(swap(args, self.ref))
+        kw_refs = dict(zip(kwargs, swap(kwargs.values(), self.ref), strict=True))
         mutates = bool(func._schema.is_mutable)
-        symbolic = self._kernels is not None and self._needs_twins(operands, mutates=mutates)
+        symbolic = self._kernels is not None and self._needs_twins(
+            _tensors([*args, *kwargs.values()]), mutates=mutates
+        )
         if symbolic and self._kernels is not None:
-            twins = tuple(_swap(a, self._twin) for a in args)
-            kw_twins = {k: _swap(a, self._twin) for k, a in kwargs.items()}
-            out = self._kernels.run(func, twins, kw_twins)
+            out = self._kernels.run(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
         if mutates:
             out = self._after_write(func, args, kwargs, out, symbolic=symbolic)
         kind = "result" if symbolic or not self._all_known(refs, kw_refs) else "constant"
         outputs = tuple(
-            self.ref(t, kind) if isinstance(t, torch.Tensor) else None for t in _as_tuple(out)
+            [self.ref(t, kind) if isinstance(t, torch.Tensor) else None for t in _as_tuple(out)]
         )
         self.records.append(Record(func, refs, kw_refs, outputs, self.node, self.scope))
         return out
@@ -100,7 +101,7 @@ class Recorder(TorchDispatchMode):
     def _all_known(self, refs: Args, kw_refs: dict[str, Any]) -> bool:
         return all(self.values[r.id].data is not None for r in _refs_in([*refs, *kw_refs.values()]))
 
-    def _needs_twins(self, operands: list[torch.Tensor], *, mutates: bool) -> bool:
+    def _needs_twins(self, operands: Iterable[torch.Tensor], *, mutates: bool) -> bool:
         for t in operands:
             if t.is_meta:
                 return True
@@ -111,27 +112,11 @@ class Recorder(TorchDispatchMode):
                 return True
         return False
 
-    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_meta:
-            return tensor
-        twin = self._twins.get(id(tensor))
-        if twin is None:
-            twin = self._twins[id(tensor)] = tensor.detach().to("meta")
-            self._alive.append(tensor)
-        return twin
-
     def _after_write(
         self, func: Any, args: Args, kwargs: dict[str, Any], out: Any, *, symbolic: bool
     ) -> Any:
         """An in-place operator returns the very object it wrote to, and its data is now unknown."""
-        written: list[torch.Tensor] = []
-        for argument, value in zip(
-            func._schema.arguments,
-            [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])],
-            strict=False,
-        ):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.extend(_tensors([value]))
+        written = list(_tensors(written_arguments(func, args, kwargs)))
         for tensor in written:
             if symbolic and not tensor.is_meta:
                 self._written.add(tensor.untyped_storage()._cdata)
@@ -139,22 +124,38 @@ class Recorder(TorchDispatchMode):
                 self.values[ref.id] = replace(self.values[ref.id], data=None)
             if self.values[self.ref(tensor).id].shape != tuple(tensor.shape):
                 del self._refs[id(tensor)]  # an in-place view: from here on another value
-        returns = [r for r in func._schema.returns if r.alias_info is not None]
-        if len(func._schema.returns) == 1 and returns and written:
+        returns = return_aliases(func)
+        if len(returns) == 1 and returns[0] is not None and written:
             return written[0]
         return out
 
 
+@cache
+def _written_names(op: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Position and name of every argument that an operator writes to."""
+    return tuple(
+        (position, a.name)
+        for position, a in enumerate(op._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    )
+
+
+def written_arguments(op: torch._ops.OpOverload, args: Args, kwargs: dict[str, Any]) -> list[Any]:
+    """What a call passes for the arguments that its operator writes to."""
+    return [
+        args[position] if position < len(args) else kwargs.get(name)
+        for position, name in _written_names(op)
+    ]
+
+
+@cache
+def return_aliases(op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    """Alias information of every return value, None for new memory."""
+    return tuple(r.alias_info for r in op._schema.returns)
+
+
 def _as_tuple(out: Any) -> tuple[Any, ...]:
     return tuple(out) if isinstance(out, (tuple, list)) else (out,)
-
-
-def _swap(arg: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    if isinstance(arg, torch.Tensor):
-        return change(arg)
-    if isinstance(arg, (list, tuple)):
-        return [_swap(a, change) for a in arg]
-    return arg
 
 
 def _tensors(args: Iterable[Any]) -> Iterable[torch.Tensor]:
@@ -198,14 +199,19 @@ class _NodeRecorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.extra_traceback = False  # errors name the node themselves
+        self.modules = dict(module.named_modules(remove_duplicate=False))
         self.recorder = recorder
         self.results: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.node = n.name
-        out = super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        out = getattr(self, n.op)(n.target, args, kwargs)
         self.results[n.name] = to_refs(out, self.recorder)
         return out
+
+    def call_module(self, target: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+        return self.modules[target](*args, **kwargs)
 
 
 def to_refs(value: Any, recorder: Recorder) -> Any:

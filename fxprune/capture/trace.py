@@ -177,12 +177,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     state = [(t, t._version, t.clone()) for t in model.buffers() if not t.is_inference()]
     try:
-        for m, _ in modes:
-            m.training = False
+        for m, training in modes:
+            if training:
+                m.training = False
         yield
     finally:
         for m, training in modes:
-            m.training = training
+            if m.training != training:
+                m.training = training
         with torch.no_grad():
             for tensor, version, content in state:
                 if tensor._version != version:

@@ -36,8 +36,15 @@ class CostModel:
 
     def total(self, alive: BoolArray | None = None) -> int:
         """Cost with the channels marked in ``alive`` ([n_channels], default all) kept."""
+        return self._whole if alive is None else self._total(alive)
+
+    def _total(self, alive: BoolArray | None) -> int:
         kept = self._kept(alive)
         return int(np.rint(kept[self._rows].prod(axis=1) @ self._scales))
+
+    @cached_property
+    def _whole(self) -> int:
+        return self._total(None)
 
     def marginal(self, alive: BoolArray | None = None) -> FloatArray:
         """Cost that removing each channel alone would free, [n_channels].

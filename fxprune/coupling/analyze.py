@@ -1,6 +1,6 @@
 """``analyze``: label, solve, group."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
 from fxprune.coupling.blocks import block_sets
-from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis, Slot
+from fxprune.coupling.footprints import Footprints, footprints
+from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis
 from fxprune.coupling.labeling import label
 from fxprune.coupling.solve import Solution, solve
 from fxprune.errors import Refusal
@@ -36,8 +37,9 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
     ledger = label(traced)
     solution = solve(ledger)
     names = {name: k for k, name in enumerate(traced.tensors)}
+    classes = _shared(solution.class_of, (axis.labels for axis in ledger.parameters.values()))
     axes = tuple(
-        ParameterAxis(name, axis, found.role, found.blocks, solution.class_of[found.labels])
+        ParameterAxis(name, axis, found.role, found.blocks, classes[id(found.labels)])
         for (name, axis), found in sorted(
             ledger.parameters.items(), key=lambda item: (names[item[0][0]], item[0][1])
         )
@@ -73,8 +75,8 @@ def _equal_counts(ledger: Ledger, channel_of: IntArray) -> tuple[IntArray, ...]:
 
 
 def _shared(channel_of: IntArray, arrays: Iterable[IntArray]) -> dict[int, IntArray]:
-    """Channels of label arrays, one result per distinct array object."""
-    return {id(a): channel_of[a] for a in arrays}
+    """Channels of label arrays by ``id``, one result per distinct array object."""
+    return {key: channel_of[a] for key, a in {id(a): a for a in arrays}.items()}
 
 
 def _macs(ledger: Ledger, channel_of: IntArray, n_channels: int) -> CostModel:
@@ -107,57 +109,45 @@ def _params(
 
 def _groups(ledger: Ledger, solution: Solution, axes: tuple[ParameterAxis, ...]) -> list[Group]:
     """Classes with equal footprints, in order of their first class."""
+    lying: dict[int, list[int]] = defaultdict(list)  # id of an array -> axes that have it
+    for k, axis in enumerate(axes):
+        lying[id(axis.channels)].append(k)
+    arrays = list({id(a.channels): a.channels for a in axes}.values())
     extra = [solution.class_of[labels] for labels in ledger.nonempty]
-    members = [*(a.channels for a in axes), *extra]
-    by_footprint: dict[tuple[bytes, tuple[Refusal, ...]], list[int]] = {}
-    for c, footprint in _footprints(members, solution.n_classes):
-        by_footprint.setdefault((footprint, solution.reasons.get(c, ())), []).append(c)
+    found = footprints([*arrays, *extra], solution.n_classes)
     approximate = _approximate(ledger, solution)
     seen: Counter[str] = Counter()
     groups = []
-    for (footprint, reasons), classes in by_footprint.items():
-        channels = np.array(classes, dtype=np.int64)
-        at = np.unique(np.frombuffer(footprint, dtype=np.int64)[::2])
-        slots = tuple(_slot(axes[k], channels) for k in at.tolist() if k < len(axes))
-        if all(s.parameter.role is Role.FIXED for s in slots):
+    for channels, reasons in _alike(found, solution):
+        at = found.positions(channels)
+        where = {k: at[m] for m in at if m < len(arrays) for k in lying[id(arrays[m])]}
+        touched = tuple(axes[k] for k in sorted(where))
+        if all(a.role is Role.FIXED for a in touched):
             continue  # kernels and vocabularies: nobody expects channels there
-        name = _base_name(slots)
+        name = _base_name(touched)
         seen[name] += 1
         name = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        nodes = sorted({n for c in classes for n in approximate.get(c, ())})
-        groups.append(Group(name, channels, slots, reasons, tuple(nodes)))
+        nodes = sorted({n for c in channels.tolist() for n in approximate.get(c, ())})
+        positions = tuple(where[k] for k in sorted(where))
+        groups.append(Group(name, channels, touched, positions, reasons, tuple(nodes)))
     return groups
 
 
-def _footprints(members: list[IntArray], n: int) -> Iterator[tuple[int, bytes]]:
-    """(class, its axes and how often it lies on each, as bytes), in order of class."""
-    if not members:
-        return
-    sizes = [m.size for m in members]
-    classes = np.concatenate([m.ravel() for m in members])
-    where = np.repeat(np.arange(len(members)), sizes)
-    held = classes >= 0
-    key, count = np.unique(classes[held] * len(members) + where[held], return_counts=True)
-    pairs = np.ascontiguousarray(np.stack([key % len(members), count], axis=1))
-    start = np.searchsorted(key, np.arange(n + 1) * len(members))
-    for c in range(n):
-        if start[c + 1] > start[c]:
-            yield c, pairs[start[c] : start[c + 1]].tobytes()
+def _alike(found: Footprints, solution: Solution) -> Iterator[tuple[IntArray, tuple[Refusal, ...]]]:
+    """Classes with equal footprints and equal reasons, and these reasons."""
+    alike: dict[tuple[bytes, tuple[Refusal, ...]], list[IntArray]] = defaultdict(list)
+    for run in found.runs(apart=solution.n_channels):
+        c = int(run[0])
+        alike[found.of(c).tobytes(), solution.reasons.get(c, ())].append(run)
+    for (_, reasons), runs in alike.items():
+        yield np.concatenate(runs), reasons
 
 
-def _slot(axis: ParameterAxis, channels: IntArray) -> Slot:
-    order = np.argsort(axis.channels, kind="stable")
-    ranked = axis.channels[order]
-    first = np.searchsorted(ranked, channels)
-    times = int(np.searchsorted(ranked, channels[0], side="right") - first[0])
-    return Slot(axis, order[first[:, None] + np.arange(times)])
-
-
-def _base_name(slots: tuple[Slot, ...]) -> str:
+def _base_name(axes: tuple[ParameterAxis, ...]) -> str:
     for roles in ((Role.PRODUCER,), (Role.DEPTHWISE,), tuple(Role)):
-        for slot in slots:
-            if slot.parameter.role in roles:
-                return slot.parameter.layer or slot.parameter.name
+        for axis in axes:
+            if axis.role in roles:
+                return axis.layer or axis.name
     return "(none)"
 
 

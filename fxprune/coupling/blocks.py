@@ -54,12 +54,10 @@ def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[Blo
     homes: dict[int, dict[int, int]] = defaultdict(dict)  # class -> constraint -> row
     stuck: set[int] = set()
     for k, rows in enumerate(constraints):
-        for c, counts in _counts(rows, free).items():
-            at = np.nonzero(counts)[0]
-            if len(at) == 1 and counts[at[0]] == 1:
-                homes[c][k] = int(at[0])
-            elif not (counts == counts[0]).all():
-                stuck.add(c)
+        row_of, uneven = _rows_of(rows, free)
+        stuck |= uneven
+        for c, row in row_of.items():
+            homes[c][k] = row
     if stuck:
         return [], stuck
     sets = []
@@ -72,12 +70,18 @@ def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[Blo
     return sets, stuck
 
 
-def _counts(rows: IntArray, free: BoolArray) -> dict[int, IntArray]:
-    """How often every free class lies in each row."""
+def _rows_of(rows: IntArray, free: BoolArray) -> tuple[dict[int, int], set[int]]:
+    """Row of every free class that lies in one place, and free classes that lie unevenly."""
     members, local = np.unique(rows, return_inverse=True)
-    local = local.reshape(rows.shape)
-    table = np.stack([np.bincount(row, minlength=len(members)) for row in local])
-    return {int(c): table[:, j] for j, c in enumerate(members) if c >= 0 and free[c]}
+    cell = local.reshape(rows.shape) + np.arange(len(rows))[:, None] * len(members)
+    counts = np.bincount(cell.ravel(), minlength=len(rows) * len(members)).reshape(len(rows), -1)
+    bound = np.append(free, False)[members]  # -1 is no class
+    once = bound & (counts.sum(axis=0) == 1)
+    uneven = bound & ~once & (counts != counts[0]).any(axis=0)
+    row = counts.argmax(axis=0)
+    return dict(zip(members[once].tolist(), row[once].tolist(), strict=True)), set(
+        members[uneven].tolist()
+    )
 
 
 def _connected(homes: dict[int, dict[int, int]]) -> list[list[int]]:
@@ -90,9 +94,10 @@ def _connected(homes: dict[int, dict[int, int]]) -> list[list[int]]:
         return k
 
     for rows in homes.values():
-        first, *others = rows
-        for k in others:
-            root[find(k)] = find(first)
+        if len(rows) > 1:
+            first, *others = rows
+            for k in others:
+                root[find(k)] = find(first)
     sets: dict[int, list[int]] = defaultdict(list)
     for c in sorted(homes):
         sets[find(next(iter(homes[c])))].append(c)
@@ -106,9 +111,10 @@ def _cut(
     cells: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     in_row: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for c in members:
-        cells[tuple(sorted(homes[c].items()))].append(c)
-        for k, row in homes[c].items():
-            in_row[k][row] += 1
+        cells[tuple(homes[c].items())].append(c)
+    for key, cell in cells.items():
+        for k, row in key:
+            in_row[k][row] += len(cell)
     if any(len(rows) < len(constraints[k]) for k, rows in in_row.items()):
         return None  # a row without a movable channel
     cut = tuple(tuple(cell) for cell in cells.values())

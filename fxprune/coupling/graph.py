@@ -58,23 +58,30 @@ class Slot:
     positions: IntArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Channels with the same footprint: the same parameter axes, in the same roles.
 
     Attributes:
         name: the layer that produces the channels, made unique with ``#2``, ``#3`` ...
         channels: their numbers, ascending.
-        slots: where they lie.
+        axes: the parameter axes that they lie on, in model order.
+        positions: where on each of ``axes`` (see :class:`Slot`).
         reasons: why they are frozen; empty for a prunable group.
         approximate: graph nodes where removing channels changes a statistic (a mean over them).
     """
 
     name: str
     channels: IntArray
-    slots: tuple[Slot, ...]
+    axes: tuple[ParameterAxis, ...]
+    positions: tuple[IntArray, ...]
     reasons: tuple[Refusal, ...]
     approximate: tuple[str, ...]
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """The positions on every parameter axis."""
+        return tuple(map(Slot, self.axes, self.positions))
 
     @property
     def width(self) -> int:
@@ -86,10 +93,10 @@ class Group:
         """Whether the group is kept whatever the budget says."""
         return bool(self.reasons)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers whose parameters the group touches, in model order."""
-        return tuple(dict.fromkeys(s.parameter.layer or s.parameter.name for s in self.slots))
+        return tuple(dict.fromkeys(a.layer or a.name for a in self.axes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +151,14 @@ class DependencyGraph:
         digest = hashlib.sha256()
         for name, tensor in self.tensors.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        distinct = {id(axis.channels): axis.channels for axis in self.axes}
+        content = {
+            key: np.where(channels < self.n_channels, channels, -1).astype("<i8").tobytes()
+            for key, channels in distinct.items()
+        }
         for axis in self.axes:
-            channels = np.where(axis.channels < self.n_channels, axis.channels, -1)
             digest.update(f"{axis} {axis.blocks}\n".encode())
-            digest.update(channels.astype("<i8").tobytes())
+            digest.update(content[id(axis.channels)])
         return digest.hexdigest()
 
     def group(self, name: str) -> Group:

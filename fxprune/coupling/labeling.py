@@ -98,24 +98,24 @@ def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) 
     results = tuple(None if r is None else r.id for r in record.outputs)
     shapes = tuple(() if r is None else traced.values[r].shape for r in results)
     call = Call(index, base_name(record.op), record.node, arguments, results, shapes, ledger)
-
-    def operand(arg: Any) -> Any:
-        if isinstance(arg, Ref):
-            value = traced.values[arg.id]
-            named = value.kind in ("parameter", "buffer")
-            weight = named or arg.id in ledger.weights
-            name = value.name if named else ""
-            return Operand(arg.id, value.shape, name, weight, value.data, call)
-        if isinstance(arg, (list, tuple)):
-            return [operand(a) for a in arg]
-        return arg
-
     for position, (name, default) in enumerate(schema_arguments(record.op)):
         if position < len(record.args):
-            arguments[name] = operand(record.args[position])
+            arguments[name] = _operand(traced, call, record.args[position])
         else:
-            arguments[name] = operand(record.kwargs.get(name, default))
+            arguments[name] = _operand(traced, call, record.kwargs.get(name, default))
     return call
+
+
+def _operand(traced: TracedModel, call: Call, arg: Any) -> Any:
+    """An argument with every Ref replaced by an Operand."""
+    if isinstance(arg, Ref):
+        value = traced.values[arg.id]
+        named = value.kind in ("parameter", "buffer")
+        weight = named or arg.id in call.ledger.weights
+        return Operand(arg.id, value.shape, value.name, weight, value.data, call)
+    if isinstance(arg, (list, tuple)):
+        return [_operand(traced, call, a) for a in arg]
+    return arg
 
 
 def _protect_outputs(traced: TracedModel, ledger: Ledger) -> None:
@@ -196,12 +196,12 @@ def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
 def _refuse_opaque_modules(
     traced: TracedModel, ledger: Ledger, nodes: Mapping[str, fx.Node]
 ) -> None:
+    modules = dict(traced.graph_module.named_modules(remove_duplicate=False))
     for (name, _), axis in ledger.parameters.items():
-        owner = name.rpartition(".")[0]
         node = nodes.get(axis.node)
         if node is None or node.op != "call_module":
             continue
-        module = traced.graph_module.get_submodule(owner)
+        module = modules[name.rpartition(".")[0]]
         if not can_hold_slim_parameters(module):
             ledger.freeze(axis.labels, _refusal(axis.node, None, OPAQUE_MODULE, type(module)))
 

@@ -67,7 +67,8 @@ def _powers(weight: torch.Tensor, last_axis: int, power: int) -> torch.Tensor:
     weight = weight if weight.dtype.itemsize >= 4 else weight.float()
     sizes = weight.abs() if power == 1 else weight.square()
     if sizes.ndim > last_axis + 1:
-        sizes = sizes.flatten(last_axis + 1).sum(-1)
+        sizes = sizes.flatten(last_axis + 1)
+        sizes = sizes.sum(-1) if sizes.shape[-1] != 1 else sizes[..., 0]
     return sizes
 
 
@@ -82,7 +83,11 @@ def _per_position(sizes: torch.Tensor, axis: ParameterAxis) -> FloatArray:
 
 def _fold(total: FloatArray, axis: ParameterAxis, values: FloatArray) -> None:
     prunable = _prunable(axis, len(total))
-    total += np.bincount(axis.channels[prunable], values[prunable], minlength=len(total))
+    channels = axis.channels[prunable]
+    if channels.size:
+        low = channels.min()
+        sums = np.bincount(channels - low, values[prunable])
+        total[low : low + len(sums)] += sums
 
 
 def _prunable(axis: ParameterAxis, n_channels: int) -> npt.NDArray[np.bool_]:
@@ -95,7 +100,9 @@ def _count_crossings_once(
     if len(axes) != 2 or any(a.blocks > 1 for a in axes):
         return
     first, second = sorted(axes, key=lambda a: a.axis)
-    if not np.intersect1d(first.channels, second.channels).size:
+    on_first = np.zeros(len(total), dtype=bool)
+    on_first[first.channels[_prunable(first, len(total))]] = True
+    if not on_first[second.channels[_prunable(second, len(total))]].any():
         return
     same = first.channels[:, None] == second.channels[None, :]
     at = np.nonzero(same & _prunable(first, len(total))[:, None])

@@ -71,7 +71,7 @@ def plan(
     if not budgets and ratios is None:
         raise ArgumentError("nothing to aim for: give flops=, params= or ratios=")
     ignored = ignored_groups(deps, ignore)
-    removable = np.array([k not in ignored for k in deps.group_of.tolist()], dtype=bool)
+    removable = ~np.isin(deps.group_of, list(ignored))
     units = make_units(deps, values, removable, round_to)
     limits = _limits(deps, min_channels, max_ratio)
     alive = np.ones(deps.n_channels, dtype=bool)
@@ -164,15 +164,6 @@ def describe(
         )
         for k, g in enumerate(deps.groups)
     )
-    removed = np.append(~alive, False)
-    axes = []
-    for axis in deps.axes:
-        gone = removed[np.minimum(axis.channels, deps.n_channels)]
-        if gone.any():
-            kept = tuple(np.nonzero(~gone)[0].tolist())
-            axes.append(
-                AxisPlan(axis.name, axis.axis, str(axis.role), len(gone), axis.blocks, kept)
-            )
     touched = [k for k, g in enumerate(groups) if len(g.kept) < g.width]
     approximate = sorted({n for k in touched for n in deps.groups[k].approximate})
     return PruningPlan(
@@ -186,6 +177,23 @@ def describe(
         },
         groups=groups,
         frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),
-        axes=tuple(axes),
+        axes=axis_plans(deps, alive),
         approximate=tuple(approximate),
     )
+
+
+def axis_plans(deps: DependencyGraph, alive: BoolArray) -> tuple[AxisPlan, ...]:
+    """What is kept of every parameter axis that loses positions; alive: [n_channels]."""
+    stays = np.append(alive, True)
+    kept: dict[int, tuple[int, ...]] = {}  # axes of one array of channels share what is kept
+    axes = []
+    for axis in deps.axes:
+        key, size = id(axis.channels), len(axis.channels)
+        if key not in kept:
+            stay = stays[np.minimum(axis.channels, deps.n_channels)]
+            kept[key] = tuple(np.nonzero(stay)[0].tolist())
+        if len(kept[key]) < size:
+            axes.append(
+                AxisPlan(axis.name, axis.axis, str(axis.role), size, axis.blocks, kept[key])
+            )
+    return tuple(axes)

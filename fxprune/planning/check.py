@@ -5,7 +5,7 @@ import numpy as np
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import FingerprintError, PlanError
 from fxprune.planning.budget import BoolArray
-from fxprune.planning.build import describe
+from fxprune.planning.build import axis_plans
 from fxprune.planning.plan import PruningPlan
 
 
@@ -34,7 +34,7 @@ def kept_channels(deps: DependencyGraph, plan: PruningPlan) -> BoolArray:
             raise PlanError(f"group {group.name} has channels 0-{group.width - 1}: {planned.kept}")
         alive[group.channels[list(planned.kept)]] = True
     _check_equal_counts(deps, alive)
-    if describe(deps, alive, {}, {}).axes != plan.axes:
+    if axis_plans(deps, alive) != plan.axes:
         raise PlanError("the kept positions of the plan's axes disagree with its groups")
     return alive
 

@@ -65,8 +65,10 @@ def _ranked(
     alone: Sequence[int] | IntArray,
 ) -> Units:
     """Sort units by mean score, then by their first channel."""
-    sizes = np.array([*(len(m) for m in sets), *np.ones(len(alone), dtype=np.int64)], dtype=int)
-    channels = np.array([*(c for m in sets for c in m), *alone], dtype=np.int64)
+    sizes = np.ones(len(sets) + len(alone), dtype=np.int64)
+    sizes[: len(sets)] = [len(m) for m in sets]
+    channels = np.array([c for m in sets for c in m], dtype=np.int64)
+    channels = np.concatenate([channels, np.asarray(alone, dtype=np.int64)])
     unit = np.repeat(np.arange(len(sizes)), sizes)
     means = np.bincount(unit, scores[channels], minlength=len(sizes)) / np.maximum(sizes, 1)
     first = np.full(len(sizes), deps.n_channels)
@@ -76,16 +78,18 @@ def _ranked(
     rank[order] = np.arange(len(order))
     of_channel = np.full(deps.n_channels, -1, dtype=np.int64)
     of_channel[channels] = rank[unit]
-    flags = np.array([*whole, *[True] * len(alone)], dtype=bool)
+    flags = np.ones(len(sizes), dtype=bool)
+    flags[: len(sets)] = whole
     return Units(of_channel, means[order], flags[order])
 
 
 def _bundles(deps: DependencyGraph, scores: FloatArray, removable: BoolArray) -> list[Members]:
     """The k-th weakest channels of all blocks that must lose equally many, together."""
     bundles = []
+    score, may_go = scores.tolist(), removable.tolist()
     for block in deps.blocks:
         ranked = [
-            sorted((c for c in cell if removable[c]), key=lambda c: (scores[c], c))
+            sorted((c for c in cell if may_go[c]), key=lambda c: (score[c], c))
             for cell in block.cells
         ]
         count = min(len(r) // step for r, step in zip(ranked, block.steps, strict=True))

@@ -13,10 +13,10 @@ from fxprune.coupling import DependencyGraph
 from fxprune.errors import PlanError
 from fxprune.ops.ledger import Role
 from fxprune.ops.sized_calls import CHANNEL_NORMS
-from fxprune.planning.plan import AxisPlan, PruningPlan
+from fxprune.planning.plan import PruningPlan
 from fxprune.rewrite.modules import set_sizes
 from fxprune.rewrite.shapes import SlimShapes
-from fxprune.rewrite.weights import slim_tensor
+from fxprune.rewrite.weights import slim_tensors
 
 
 def slim_state_dict(
@@ -27,11 +27,10 @@ def slim_state_dict(
     Raises:
         PlanError: a tensor of the plan is missing, or has another size.
     """
-    by_name = _axes_by_name(plan, state)
-    slim = dict(state)
-    for name, axes in by_name.items():
-        slim[name] = slim_tensor(state[name].detach(), axes)
-    return slim
+    _check_sizes(plan, state)
+    touched = {axis.name for axis in plan.axes}
+    slim = slim_tensors(((name, state[name]) for name in sorted(touched)), plan.axes)
+    return {name: slim[id(t)] if name in touched else t for name, t in state.items()}
 
 
 def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int, int]]) -> None:
@@ -53,20 +52,18 @@ def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int,
             *model.named_buffers(remove_duplicate=False),
         ]
     )
-    by_name = _axes_by_name(plan, tensors)
-    slim = {name: slim_tensor(tensors[name].detach(), axes) for name, axes in by_name.items()}
+    _check_sizes(plan, tensors)
+    touched = {axis.name: tensors[axis.name] for axis in plan.axes}
+    slim = slim_tensors(touched.items(), plan.axes)
     groups = _groups(model, plan)
-    for name, data in slim.items():
-        tensors[name].data = data
-        tensors[name].grad = None
+    for tensor in touched.values():
+        tensor.data = slim[id(tensor)].data
+        tensor.grad = None
     for path, module in model.named_modules():
         _shrink_module(module, groups.get(path), sizes.get(path, {}))
 
 
-def _axes_by_name(
-    plan: PruningPlan, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, list[AxisPlan]]:
-    found: dict[str, list[AxisPlan]] = defaultdict(list)
+def _check_sizes(plan: PruningPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     for axis in plan.axes:
         tensor = tensors.get(axis.name)
         if tensor is None:
@@ -77,8 +74,6 @@ def _axes_by_name(
                 f"the plan prunes axis {axis.axis} of {axis.name} of size {axis.size}; the model "
                 f"has {list(tensor.shape)}. A plan fits the model it was made for, unpruned"
             )
-        found[axis.name].append(axis)
-    return found
 
 
 def _groups(model: nn.Module, plan: PruningPlan) -> dict[str, int]:

@@ -56,7 +56,8 @@ def _copy_container(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     return copied
 
 
-_ATOMS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+_EMPTY = frozenset({dict, OrderedDict, set})  # a dozen of them per layer
 
 
 def _copy_leaf(module: nn.Module | None, memo: dict[int, object]) -> nn.Module | None:
@@ -72,10 +73,11 @@ def _copy_leaf(module: nn.Module | None, memo: dict[int, object]) -> nn.Module |
 
 
 def _copy_value(value: Any, memo: dict[int, object]) -> Any:
-    if isinstance(value, _ATOMS):
+    kind = type(value)
+    if kind in _ATOMS or (kind is tuple and all(type(v) in _ATOMS for v in value)):
         return value
-    if type(value) in (dict, OrderedDict, set) and not value:  # a dozen of them per layer
-        return type(value)()
+    if kind in _EMPTY and not value:
+        return kind()
     return copy.deepcopy(value, memo)
 
 

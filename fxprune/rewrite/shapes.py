@@ -1,6 +1,6 @@
 """Shapes of a slim model before it exists: kept positions of every labelled axis of every value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ class SlimShapes:
 
     deps: DependencyGraph
     alive: BoolArray
+    _tracked: dict[int, dict[int, BoolArray]] = field(default_factory=dict, init=False)
 
     def kept(self, labels: IntArray) -> BoolArray:
         """Which of these labels stay; same shape."""
@@ -31,21 +32,39 @@ class SlimShapes:
 
     def axis(self, value: int, axis: int) -> BoolArray:
         """Which positions of one axis of a value stay."""
-        traced = self.deps.traced.values[value]
-        if traced.kind in ("parameter", "buffer"):
-            own = self.deps.ledger.parameters.get((traced.name, axis))
-            if own is None or own.blocks > 1:
-                return np.ones(traced.shape[axis], dtype=bool)
-            return self.kept(own.labels)
-        for factor in self.deps.ledger.values.get(value, ()):
-            if axis in factor.axes:
-                return self._project(factor, axis)
-        return np.ones(traced.shape[axis], dtype=bool)
+        found = self._axes(value).get(axis)
+        return (
+            np.ones(self.deps.traced.values[value].shape[axis], dtype=bool)
+            if found is None
+            else found
+        )
+
+    def _axes(self, value: int) -> dict[int, BoolArray]:
+        """Which positions stay, of every labelled axis."""
+        if value not in self._tracked:
+            traced, ledger = self.deps.traced.values[value], self.deps.ledger
+            if traced.kind in ("parameter", "buffer"):
+                own = {k: ledger.parameters.get((traced.name, k)) for k in range(len(traced.shape))}
+                self._tracked[value] = {
+                    k: self.kept(axis.labels)
+                    for k, axis in own.items()
+                    if axis and axis.blocks == 1
+                }
+            else:
+                self._tracked[value] = {
+                    k: self._project(factor, k)
+                    for factor in reversed(ledger.values.get(value, ()))
+                    for k in factor.axes
+                }
+        return self._tracked[value]
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Sizes of a value in the slim model, on the example inputs."""
-        sizes = self.deps.traced.values[value].shape
-        return tuple(int(self.axis(value, k).sum()) for k in range(len(sizes)))
+        tracked = self._axes(value)
+        return tuple(
+            int(np.count_nonzero(tracked[k])) if k in tracked else size
+            for k, size in enumerate(self.deps.traced.values[value].shape)
+        )
 
     def changed(self, value: int) -> bool:
         """Whether the value loses anything."""
@@ -53,6 +72,8 @@ class SlimShapes:
 
     def _project(self, factor: Factor, axis: int) -> BoolArray:
         kept = self.kept(factor.labels)
+        if len(factor.axes) == 1:
+            return kept
         others = tuple(k for k, a in enumerate(factor.axes) if a != axis)
         return np.asarray(kept.any(axis=others))
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from fxprune.planning.plan import AxisPlan
@@ -16,6 +17,8 @@ def slim_tensors(
     Parameters stay parameters with their ``requires_grad``; dtype, device and memory format stay;
     gradients are not copied. A tensor that several names share is copied once.
     """
+    axes = list(axes)
+    indices = _indices(axes)
     by_name: dict[str, list[AxisPlan]] = defaultdict(list)
     for axis in axes:
         by_name[axis.name].append(axis)
@@ -23,18 +26,33 @@ def slim_tensors(
     for name, tensor in named:
         if id(tensor) in copies:
             continue
-        data = slim_tensor(tensor.detach(), by_name.get(name, ()))
+        data = slim_tensor(tensor.detach(), by_name.get(name, ()), indices)
         if isinstance(tensor, torch.nn.Parameter):
             data = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
         copies[id(tensor)] = data
     return copies
 
 
-def slim_tensor(tensor: torch.Tensor, axes: Iterable[AxisPlan]) -> torch.Tensor:
-    """A copy of one tensor with only the kept positions of every axis."""
+def _indices(axes: Iterable[AxisPlan]) -> dict[int, torch.Tensor]:
+    """What is kept of the axes as index tensors, by ``id``: axes share it."""
+    distinct = {id(axis.kept): axis.kept for axis in axes}
+    return {key: torch.from_numpy(np.array(kept, dtype=np.int64)) for key, kept in distinct.items()}
+
+
+def slim_tensor(
+    tensor: torch.Tensor,
+    axes: Iterable[AxisPlan],
+    indices: dict[int, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """A copy of one tensor with only the kept positions of every axis.
+
+    ``indices`` holds them as tensors, if somebody made them already.
+    """
+    axes = list(axes)
+    indices = _indices(axes) if indices is None else indices
     slim = tensor
     for axis in sorted(axes, key=lambda a: a.blocks, reverse=True):  # blocks split all old rows
-        kept = torch.tensor(axis.kept, device=tensor.device, dtype=torch.long)
+        kept = indices[id(axis.kept)].to(tensor.device)
         if axis.blocks > 1:
             slim = _select_in_blocks(slim, kept, axis.blocks)
         else:
