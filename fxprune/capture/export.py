@@ -118,14 +118,15 @@ def _with_free_batch(
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
     """Arguments for an export with a free batch size; None if the inputs share no first axis.
 
-    A size of 1 would be taken for a constant, so a single example is given twice.
+    A size of 1 would be taken for a constant, and a size that the model has seen before may equal
+    one that it remembers: so the first example is given once more.
     """
     tensors = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs)) if _is_batched(t)]
     if not tensors or len({t.shape[0] for t in tensors}) != 1:
         return None
 
     def several(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if _is_batched(leaf) and leaf.shape[0] == 1 else leaf
+        return torch.cat([leaf, leaf[:1]]) if _is_batched(leaf) else leaf
 
     def free(leaf: Any) -> Any:
         return {0: Dim.AUTO} if _is_batched(leaf) else None

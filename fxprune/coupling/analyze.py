@@ -18,7 +18,8 @@ from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger, Role
 
 # Reasons that protect the interface of the model or the inside of a kernel: no operator refused.
-_BY_DESIGN = frozenset({"network-input", "network-output", "fixed-axis"})
+_INTERFACE = frozenset({"network-input", "network-output"})
+_BY_DESIGN = _INTERFACE | {"fixed-axis"}
 
 
 def analyze(traced: TracedModel) -> DependencyGraph:
@@ -51,7 +52,7 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
         traced=traced,
         groups=tuple(g for g in groups if not g.frozen),
         frozen=tuple(g for g in groups if g.frozen),
-        refusals=_refusals(solution),
+        refusals=_refusals(solution, groups),
         n_channels=solution.n_channels,
         axes=axes,
         macs=_macs(ledger, channel_of, solution.n_channels),
@@ -63,9 +64,12 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
     )
 
 
-def _refusals(solution: Solution) -> tuple[Refusal, ...]:
+def _refusals(solution: Solution, groups: Iterable[Group]) -> tuple[Refusal, ...]:
+    """Reasons that hold channels which nothing holds by design, in the order they were found."""
+    reasons = (set(g.reasons) for g in groups if g.frozen)
+    holding = set().union(*(r for r in reasons if not any(x.code in _INTERFACE for x in r)))
     found = (r for reasons in solution.reasons.values() for r in reasons)
-    return tuple(dict.fromkeys(r for r in found if r.code not in _BY_DESIGN))
+    return tuple(dict.fromkeys(r for r in found if r in holding and r.code not in _BY_DESIGN))
 
 
 def _equal_counts(ledger: Ledger, channel_of: IntArray) -> tuple[IntArray, ...]:

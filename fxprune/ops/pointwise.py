@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
-from fxprune.ops.labels import Factor, IntArray, Labels
+from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.ledger import Role
 
 # Shape-preserving operators that carry no pointwise tag. The value moves or is redrawn per
@@ -44,13 +44,13 @@ def pointwise(call: Call) -> tuple[Labels, ...]:
     known = _settled(call, operands, len(shape), done)
     for axis in range(len(shape)):
         if shape[axis] > 1 and axis not in done:
-            labels = _meet(call, known, axis - len(shape))
-            if labels is not None:
-                factors.append(Factor((axis,), labels))
+            met = _meet(call, known, axis - len(shape))
+            if met is not None:
+                factors.append(Factor((axis,), met.labels, copies=met.copies))
     return (tuple(factors),) * len(call.results)
 
 
-Known = list[tuple[Operand, dict[int, IntArray]]]
+Known = list[tuple[Operand, dict[int, Factor]]]
 
 
 def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> Known:
@@ -63,7 +63,7 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
         for o in operands
         for f in o.labels
         for a in f.axes
-        if len(f.axes) == 1 and not call.ledger.of_buffer(f.labels)
+        if len(f.axes) == 1 and not (f.copies or call.ledger.of_buffer(f.labels))
     }
     known: Known = []
     for operand in operands:
@@ -74,7 +74,7 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
                 if done.issuperset(a + shift for a in factor.axes):
                     continue
                 single = call.settle(factor, *[a for a in factor.axes if a + shift in held][:1])
-            found[single.axes[0]] = single.labels
+            found[single.axes[0]] = single
         known.append((operand, found))
     return known
 
@@ -103,19 +103,23 @@ def _size(operand: Operand, axis: int, ndim: int) -> int:
     return operand.shape[at] if at >= 0 else 1
 
 
-def _meet(call: Call, known: Known, axis: int) -> IntArray | None:
-    """Equate all operands on one axis (counted from the end); None where none is tracked."""
-    here = [(o, labels, axis + len(o.shape)) for o, labels in known if axis + len(o.shape) >= 0]
-    here = [(o, labels, a) for o, labels, a in here if o.shape[a] > 1]
+def _meet(call: Call, known: Known, axis: int) -> Factor | None:
+    """Equate all operands on one axis (counted from the end); None where none is tracked.
+
+    Copies (an expanded axis) take part, but they decide nothing: where they meet an untracked axis,
+    such as a mask the keys of an attention, they simply all stay.
+    """
+    here = [(o, found, axis + len(o.shape)) for o, found in known if axis + len(o.shape) >= 0]
+    here = [(o, found, a) for o, found, a in here if o.shape[a] > 1]
     parameters = [(o, a) for o, _, a in here if o.parameter]
-    others = [(o, labels.get(a)) for o, labels, a in here if not o.parameter]
-    tracked = [(o, labels) for o, labels in others if labels is not None]
+    others = [(o, found.get(a)) for o, found, a in here if not o.parameter]
+    tracked = [(o, factor) for o, factor in others if factor is not None]
     if tracked:
-        labels = tracked[0][1]
-        for operand, other in tracked:
-            call.ledger.equate(labels, other)
+        labels = tracked[0][1].labels
+        for operand, factor in tracked:
+            call.ledger.equate(labels, factor.labels)
             if operand.weight and len(tracked) > 1:
-                call.ledger.mark(other, Role.AFFINE)
+                call.ledger.mark(factor.labels, Role.AFFINE)
     elif parameters:
         first, at = parameters[0]
         role = Role.FIXED if all(o.weight for o, _ in known) else Role.AFFINE
@@ -127,8 +131,12 @@ def _meet(call: Call, known: Known, axis: int) -> IntArray | None:
     for operand, at in parameters:
         operand.adopt(at, labels, Role.AFFINE if tracked else Role.FIXED)
     if len(tracked) == len(others):
-        return labels
-    made = any(not (o.weight or call.ledger.of_buffer(own)) for o, own in tracked)
+        copies = not parameters and all(factor.copies for _, factor in tracked)
+        return Factor((0,), labels, copies=copies)
+    made = any(
+        not (o.weight or factor.copies or call.ledger.of_buffer(factor.labels))
+        for o, factor in tracked
+    )
     call.freeze(labels, *(UNTRACKED if made else FIXED_AXIS))
     return None
 
