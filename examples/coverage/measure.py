@@ -163,6 +163,7 @@ def _prune(
         plan = fp.plan(deps, scores, flops=0.5)
     except fp.BudgetError as error:
         row["lowest"] = lowest = lowest_reachable(error)
+        row["floor"] = str(error).partition(". Held: ")[2].partition(", and at least")[0]
         if lowest >= 1:
             return
         plan = fp.plan(deps, scores, flops=lowest)
