@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.zoo import blocks, chains, joins, movement, refused, structure, traps
+from tests.zoo import blocks, chains, joins, movement, refused, sequences, structure, traps
 from tests.zoo.case import Case, Inputs
 from tests.zoo.randomize import randomize
 
@@ -25,6 +25,7 @@ ZOO = _merged(
     movement.CASES,
     structure.CASES,
     blocks.CASES,
+    sequences.CASES,
     traps.CASES,
     REFUSED,
 )
