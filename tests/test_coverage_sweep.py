@@ -177,6 +177,27 @@ def test_a_model_that_wants_too_much_memory_fails_alone():
     assert "memory" in row["failed"]["message"]
 
 
+class Branches(nn.Module):
+    """Its control flow depends on a value, so no frontend gives a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Linear(6, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        y = self.make(x)
+        return self.read(y.relu() if x.sum() > 1e9 else y.tanh())
+
+
+def test_a_model_without_a_graph_is_pruned_in_place_and_verified():
+    row = measure(Entry("toys", "branches", Branches, Floats((2, 6))))
+    assert "failed" not in row
+    assert row["frontend"] == "eager"
+    assert row["reached"] <= 0.5
+    assert row["verdict"]["ok"]
+    assert row["half"]["ok"]
+
+
 class Narrow(nn.Module):
     """Nearly all of its work is in a layer that reads the input and makes the output."""
 

@@ -26,7 +26,8 @@ model is compared with the masked original in double precision. A second time a 
 every group is removed, because a ranking may spare whole groups, and compared again.
 """
 LEGEND = """
-- **frontend**: which capture the model took. *Captured*: a graph that gives the model's own output.
+- **frontend**: which capture the model took. *Captured*: what was captured gives the model's own \
+output. *eager* has no graph; the model's own modules are pruned.
 - **prunable**: share of the channels that belong to prunable groups, and share of the MACs that \
 depend on them.
 - **at 50 %**: MACs of the slim model as a share; in brackets where no lower share can be reached.
@@ -111,6 +112,7 @@ def _summary(by_library: Mapping[str, Sequence[Row]], n_entries: int) -> str:
         "models",
         "symbolic",
         "export",
+        "eager",
         "captured",
         "pruned",
         "verified",
@@ -133,8 +135,7 @@ def _counts(name: str, rows: Sequence[Row]) -> list[Cell]:
     return [
         name,
         len(rows),
-        sum(row.get("frontend") == "symbolic" for row in rows),
-        sum(row.get("frontend") == "export" for row in rows),
+        *(sum(row.get("frontend") == f for row in rows) for f in ("symbolic", "export", "eager")),
         sum(map(captured, rows)),
         len(done),
         sum(verified(row) and pruned(row) for row in rows),

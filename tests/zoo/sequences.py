@@ -223,8 +223,6 @@ CASES = {
     "gated_feed_forward": _case(GatedFeedForward, WIDTH + 20),
     "selected_kernels": Case(SelectedKernels, 12 + 7),
     "lstm": _case(lambda: Recurrent(nn.LSTM), 9 + 6, readers=_reads(1, 1)),
-    "gru_both_ways": _case(
-        lambda: Recurrent(nn.GRU, 2, num_layers=2), 9 + 6, readers=_reads(2, 2)
-    ),
+    "gru_both_ways": _case(lambda: Recurrent(nn.GRU, 2, num_layers=2), 9 + 6, readers=_reads(2, 2)),
     "elman": _case(lambda: Recurrent(nn.RNN), 9 + 6, readers=_reads(1, 1)),
 }
