@@ -31,6 +31,20 @@ from fxprune.importance import CPMC, L1, L2, Random
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
 from fxprune.planning import PruningPlan, plan
+from fxprune.recovery import (
+    HGSR,
+    DependencySparsity,
+    Distillation,
+    FeatureMatching,
+    FinetuneResult,
+    GreedyLoss,
+    GreedyOrder,
+    HGSRResult,
+    HierarchicalSparsity,
+    ScaleSparsity,
+    finetune,
+    reinitialized,
+)
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -38,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CPMC",
+    "HGSR",
     "L1",
     "L2",
     "ArgumentError",
@@ -45,10 +60,18 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "DependencyGraph",
+    "DependencySparsity",
+    "Distillation",
     "ExampleInputError",
+    "FeatureMatching",
+    "FinetuneResult",
     "FingerprintError",
     "FxpruneError",
+    "GreedyLoss",
+    "GreedyOrder",
     "Group",
+    "HGSRResult",
+    "HierarchicalSparsity",
     "NonFiniteError",
     "PlanError",
     "PruneResult",
@@ -56,15 +79,18 @@ __all__ = [
     "Random",
     "Refusal",
     "RewriteError",
+    "ScaleSparsity",
     "TracedModel",
     "Verdict",
     "VerificationError",
     "analyze",
     "apply_plan",
+    "finetune",
     "load",
     "plan",
     "prune",
     "register_rule",
+    "reinitialized",
     "rewrite",
     "rules",
     "save",

@@ -188,9 +188,9 @@ def _labelled(
     labeling._box_what_is_taken_apart(traced, ledger)
     # Only classes with parameters count as channels; here every label is one.
     for key, labels in owned.items():
-        ledger.parameters[key] = ParameterAxis(labels, 1, Role.FIXED, "sample")
+        ledger.parameters[key] = ParameterAxis(labels, 1, Role.AFFINE, "sample")
     everything = np.arange(ledger.n_labels)
-    ledger.parameters["(all)", 0] = ParameterAxis(everything, 1, Role.FIXED, "sample")
+    ledger.parameters["(all)", 0] = ParameterAxis(everything, 1, Role.AFFINE, "sample")
     solution = solve(ledger)
     class_of = solution.class_of
     read = frozenset(c for found in _read(traced, ledger, class_of) for c in found.tolist())

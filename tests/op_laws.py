@@ -213,7 +213,7 @@ KEEPS_ITS_AXIS = frozenset(
     f"aten::{name}"
     for name in (
         "native_layer_norm native_group_norm softmax _softmax log_softmax _log_softmax "
-        "_safe_softmax"
+        "_safe_softmax _weight_norm_interface"
     ).split()
 )
 

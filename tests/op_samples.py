@@ -227,6 +227,10 @@ def _mixing() -> list[Sample]:
                 ("other axes", "a1", X(2, 7, 5, axes=(1,)), [5], P(5), P(5)),
             )
         ),
+        S(aten._weight_norm_interface.default, "per row", "a0 a1 a2 b0",
+          P(5, 7, 3), P(5, 1, 1), 0, results=1),
+        S(aten._weight_norm_interface.default, "per kernel position", "a0 a1 a2 b2",
+          P(5, 7, 3), P(1, 1, 3), 2, results=1),
         *(
             S(aten.native_group_norm.default, name, free,
               x, P(6), P(6), 2, 6, 5, groups, 1e-5, results=1)

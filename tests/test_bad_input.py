@@ -55,7 +55,7 @@ class DropsItsSkip(nn.Module):
         return self.conv(x) + x if isinstance(x, Tensor) else self.conv(x)
 
 
-@pytest.mark.parametrize("frontend", ["auto", "symbolic"])
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_a_model_that_cannot_be_traced(frontend: str) -> None:
     message = raised(
         errors.CaptureError,

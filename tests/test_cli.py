@@ -347,7 +347,6 @@ REFUSED = {
     "not a model": (("inspect", "tiny_nets:len", *SHAPE), "tiny_nets:len gives no model"),
     "a number": (("inspect", "tiny_nets:number", *SHAPE), "'int' object is not callable"),
     "broken": (("inspect", "tiny_nets:broken", *SHAPE), "RuntimeError: boom"),
-    "branching": (("inspect", "tiny_nets:Branching", *SHAPE), "Branching"),
     "ignored": (("prune", "tiny_nets:net", *HALF, "--ignore", "conv9"), "conv9"),
     "folder": (("inspect", ".", *SHAPE), "graph.json"),
 }

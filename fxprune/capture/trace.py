@@ -282,8 +282,9 @@ def _check_finite(named: list[Named]) -> None:
     if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
         return
     for kind, name, tensor in tensors:
-        # A buffer may hold infinite bounds, or the mask of an attention.
-        wrong = torch.isnan(tensor) if kind == "buffer" else ~torch.isfinite(tensor)
+        # A buffer may hold infinite bounds, or the mask of an attention; no statistic may.
+        bound = kind == "buffer" and not name.endswith(("running_mean", "running_var"))
+        wrong = torch.isnan(tensor) if bound else ~torch.isfinite(tensor)
         bad = int(wrong.sum())
         if bad:
             raise NonFiniteError(

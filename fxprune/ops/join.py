@@ -1,7 +1,7 @@
 """Operators that bring several channel axes together, or fold one into blocks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,30 +14,44 @@ Rule = Callable[[Call], tuple[Labels, ...]]
 def cat(call: Call) -> tuple[Labels, ...]:
     """Concatenate labels along the axis; elsewhere the operands meet as in pointwise."""
     operands = [o for o in call["tensors"] if math.prod(o.shape)]
+    ndim = len(call.shapes[0])
     if not operands:
         return ((),)
-    ndim = len(call.shapes[0])
     axis = call.get("dim", 0) % ndim
-    known = [o.axes() for o in operands]
+    known = [_single(call, o) for o in operands]
     factors = []
     for a in range(ndim):
-        labels = [k.get(a) for k in known]
-        tracked = [x for x in labels if x is not None]
-        if not tracked or call.shapes[0][a] == 1:
+        found = [k.get(a) for k in known]
+        if call.shapes[0][a] == 1 or not any(found):
             continue
-        if a == axis:
-            parts = [
-                _joining(call, o, axis) if x is None else x
-                for o, x in zip(operands, labels, strict=True)
-            ]
-            factors.append(Factor((a,), np.concatenate(parts)))
+        if a != axis:
+            factors += _meeting(call, found, a)
             continue
-        for other in tracked[1:]:
-            call.ledger.equate(tracked[0], other)
-        if len(tracked) < len(labels):
-            call.freeze(tracked[0], *UNTRACKED)
-        factors.append(Factor((a,), tracked[0]))
+        parts = [
+            _joining(call, o, axis) if f is None else f.labels
+            for o, f in zip(operands, found, strict=True)
+        ]
+        factors.append(Factor((a,), np.concatenate(parts)))
     return (tuple(factors),)
+
+
+def _single(call: Call, operand: Operand) -> dict[int, Factor]:
+    """Factors per axis, joint ones settled."""
+    settled = (f if len(f.axes) == 1 else call.settle(f) for f in operand.labels)
+    return {f.axes[0]: f for f in settled}
+
+
+def _meeting(call: Call, found: Sequence[Factor | None], axis: int) -> list[Factor]:
+    """Equate operands that lie side by side on one axis; nothing is left if one is untracked."""
+    tracked = [f for f in found if f is not None]
+    for other in tracked[1:]:
+        call.ledger.equate(tracked[0].labels, other.labels)
+    if len(tracked) == len(found):
+        copies = all(f.copies for f in tracked)
+        return [Factor((axis,), tracked[0].labels, copies=copies)]
+    made = not all(f.copies for f in tracked)
+    call.freeze(tracked[0].labels, *(UNTRACKED if made else FIXED_AXIS))
+    return []
 
 
 def _joining(call: Call, operand: Operand, axis: int) -> IntArray:
@@ -52,17 +66,12 @@ def stack(call: Call) -> tuple[Labels, ...]:
     operands = call["tensors"]
     ndim = len(call.shapes[0])
     axis = call.get("dim", 0) % ndim
-    known = [o.axes() for o in operands]
-    factors = []
+    known = [_single(call, o) for o in operands]
+    factors: list[Factor] = []
     for a in range(ndim - 1):
-        tracked = [k[a] for k in known if a in k]
-        if not tracked:
-            continue
-        for other in tracked[1:]:
-            call.ledger.equate(tracked[0], other)
-        if len(tracked) < len(operands):
-            call.freeze(tracked[0], *UNTRACKED)
-        factors.append(Factor((a + (a >= axis),), tracked[0]))
+        found = [k.get(a) for k in known]
+        if any(found):
+            factors += _meeting(call, found, a + (a >= axis))
     return (tuple(factors),)
 
 

@@ -153,6 +153,23 @@ def group_norm(call: Call) -> tuple[Labels, ...]:
     return (kept, *((),) * (len(call.results) - 1))
 
 
+def weight_norm(call: Call) -> tuple[Labels, ...]:
+    """``v * g / |v|``: one norm per position of ``dim``, over the kept positions of the others."""
+    v, g = call["v"], call["g"]
+    dim = call["dim"] % len(v.shape)
+    factors = []
+    for axis, size in enumerate(v.shape):
+        labels = v.own(axis, Role.FIXED) if size > 1 else None
+        if labels is None:
+            continue
+        if axis == dim:
+            g.adopt(len(g.shape) - len(v.shape) + axis, labels, Role.AFFINE)
+        else:
+            statistic(call, "v", axis, labels)
+        factors.append(Factor((axis,), labels))
+    return (tuple(factors), ())
+
+
 def _dim(call: Call) -> set[int]:
     return {call["dim"] % max(len(call.shapes[0]), 1)}
 
@@ -168,6 +185,7 @@ RULES: dict[str, Rule] = {
         f"aten::{name}": softmax
         for name in "_softmax _log_softmax softmax log_softmax _safe_softmax".split()
     },
+    "aten::_weight_norm_interface": weight_norm,
     "aten::native_layer_norm": layer_norm,
     "aten::native_group_norm": group_norm,
 }

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     LIKE = "like"  # (x, y): the sizes of y
     SLICE = "slice"  # (x, dim, start, end, step)
     SQUEEZE = "squeeze"  # (x, dim): without dim, every axis of size 1
+    SCALE = "scale"  # (query, key, value, *, scale): the default follows the width of the query
     NORM = "norm"  # (x, normalized_shape): the sizes of the last axes
     PAD = "pad"  # (x, [before, after, ...] from the last axis)
 
@@ -101,6 +102,8 @@ SIZED: dict[Any, Kind] = {
     "aten::pad": Kind.PAD,
     "aten::constant_pad_nd": Kind.PAD,
     "aten::layer_norm": Kind.NORM,
+    F.scaled_dot_product_attention: Kind.SCALE,
+    "aten::scaled_dot_product_attention": Kind.SCALE,
     "aten::rms_norm": Kind.NORM,
 }
 
@@ -149,15 +152,16 @@ ADAPTIVE: frozenset[Any] = frozenset(
         F.prelu,
         nn.PReLU,
         torch.einsum,
-        F.scaled_dot_product_attention,
         nn.LSTM,
         nn.GRU,
         nn.RNN,
         nn.LSTMCell,
         nn.GRUCell,
         nn.RNNCell,
+        F.adaptive_avg_pool1d,
         F.adaptive_avg_pool2d,
         F.adaptive_avg_pool3d,
+        nn.AdaptiveAvgPool1d,
         nn.AdaptiveAvgPool2d,
         nn.AdaptiveAvgPool3d,
         F.group_norm,
@@ -167,7 +171,7 @@ ADAPTIVE: frozenset[Any] = frozenset(
             for name in (
                 "flatten unsqueeze unbind repeat_interleave glu linear matmul einsum zeros_like "
                 "ones_like broadcast_tensors instance_norm batch_norm group_norm prelu bmm "
-                "scaled_dot_product_attention adaptive_avg_pool2d adaptive_avg_pool3d "
+                "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
                 "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
             ).split()
         ),

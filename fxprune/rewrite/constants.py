@@ -52,7 +52,7 @@ class Site:
     @property
     def input_name(self) -> str:
         """Keyword of the first argument, where the call spells it."""
-        return next(n for n in ("input", "tensor", "self") if n in self.old_kwargs)
+        return next(n for n in ("input", "tensor", "self", "query") if n in self.old_kwargs)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the original run, wherever it was written."""
@@ -267,6 +267,14 @@ def _edit_norm(site: Site) -> None:
     _edit_sizes(site, 1, "normalized_shape", site.shapes.shape(site.result.id)[-count:])
 
 
+def _edit_scale(site: Site) -> None:
+    """Attention over fewer features per head keeps the scale of the original."""
+    width = site.shapes.deps.traced.values[site.input].shape[-1]
+    narrower = int(site.shapes.axis(site.input, site.ndim - 1).sum()) != width
+    if narrower and site.old_kwargs.get("scale") is None:
+        site.node.kwargs = {**site.node.kwargs, "scale": width**-0.5}
+
+
 def _edit_squeeze(site: Site) -> None:
     """Name the axes, so that a channel axis that shrank to size 1 is not squeezed with them."""
     if site.argument(1, "dim") is None:
@@ -312,6 +320,7 @@ EDITORS: dict[Kind, Callable[[Site], None]] = {
     Kind.SELECT: _edit_select,
     Kind.LIKE: _edit_like,
     Kind.SLICE: _edit_slice,
+    Kind.SCALE: _edit_scale,
     Kind.NORM: _edit_norm,
     Kind.SQUEEZE: _edit_squeeze,
     Kind.PAD: _edit_pad,

@@ -289,6 +289,7 @@ NORMALISATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
             "aten::_log_softmax",
             "aten::_safe_softmax",
             "aten::native_batch_norm",
+            "aten::_weight_norm_interface",
         ),
         lambda arguments: None,
     ),
