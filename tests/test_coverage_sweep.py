@@ -177,6 +177,46 @@ def test_a_model_that_wants_too_much_memory_fails_alone():
     assert "memory" in row["failed"]["message"]
 
 
+class Branches(nn.Module):
+    """Its control flow depends on a value, so no frontend gives a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Linear(6, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        y = self.make(x)
+        return self.read(y.relu() if x.sum() > 1e9 else y.tanh())
+
+
+def test_a_model_without_a_graph_is_pruned_in_place_and_verified():
+    row = measure(Entry("toys", "branches", Branches, Floats((2, 6))))
+    assert "failed" not in row
+    assert row["frontend"] == "eager"
+    assert row["reached"] <= 0.5
+    assert row["verdict"]["ok"]
+    assert row["half"]["ok"]
+
+
+class Narrow(nn.Module):
+    """Nearly all of its work is in a layer that reads the input and makes the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.big, self.small = nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64))
+
+    def forward(self, x):
+        return self.big(x) + self.small(x)
+
+
+def test_a_model_that_cannot_reach_half_is_pruned_to_its_floor_which_the_page_explains():
+    row = measure(Entry("toys", "narrow", Narrow, Floats((2, 64))))
+    assert row["verdict"]["ok"]
+    assert 0.5 < row["reached"] <= row["lowest"] < 1
+    text = render([row], 1).partition("## Floors")[2].partition("## ")[0]
+    assert re.search(rf"toys narrow \| +{row['lowest']:.1%} \| `big", text)
+
+
 def test_an_interrupted_sweep_goes_on_and_the_last_row_of_a_model_counts(tmp_path):
     results = tmp_path / "deep" / "rows.jsonl"
     limits = {"seconds": 60, "gib": 12}

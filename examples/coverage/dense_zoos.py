@@ -41,7 +41,7 @@ MONAI: dict[str, tuple[str, dict[str, Any], Inputs]] = {
         | {"filters": [8, 16, 24], "res_block": True},
         VOLUME,
     ),
-    "VNet": ("VNet", SOLID, VOLUME),
+    "VNet": ("VNet", SOLID, Floats((2, 1, 16, 16, 16))),
     "DenseNet121": ("DenseNet121", SOLID, VOLUME),
     "HighResNet": ("HighResNet", SOLID, VOLUME),
     "UNETR": (

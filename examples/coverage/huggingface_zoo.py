@@ -109,7 +109,7 @@ ARCHITECTURES = {
     "bert-mlm": Architecture("BertForMaskedLM", "BertConfig", ENCODER, TOKENS),
     "bert-classifier": Architecture("BertForSequenceClassification", "BertConfig", ENCODER, TOKENS),
     "distilbert": Architecture(
-        "DistilBertModel",
+        "DistilBertForSequenceClassification",
         "DistilBertConfig",
         {
             "vocab_size": VOCABULARY,
@@ -121,20 +121,23 @@ ARCHITECTURES = {
         },
         TOKENS,
     ),
-    "roberta": Architecture("RobertaModel", "RobertaConfig", ENCODER, TOKENS),
+    "roberta": Architecture("RobertaForSequenceClassification", "RobertaConfig", ENCODER, TOKENS),
     "electra": Architecture(
-        "ElectraModel", "ElectraConfig", ENCODER | {"embedding_size": 24}, TOKENS
+        "ElectraForSequenceClassification",
+        "ElectraConfig",
+        ENCODER | {"embedding_size": 24},
+        TOKENS,
     ),
     "albert": Architecture("AlbertModel", "AlbertConfig", ENCODER | {"embedding_size": 24}, TOKENS),
     "deberta-v2": Architecture(
-        "DebertaV2Model",
+        "DebertaV2ForSequenceClassification",
         "DebertaV2Config",
         ENCODER | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
         TOKENS,
         "eager",
     ),
     "modernbert": Architecture(
-        "ModernBertModel",
+        "ModernBertForMaskedLM",
         "ModernBertConfig",
         ENCODER
         | {
@@ -195,12 +198,12 @@ ARCHITECTURES = {
         TOKENS,
     ),
     # encoder and decoder
-    "t5": Architecture("T5Model", "T5Config", T5, SEQ2SEQ),
+    "t5": Architecture("T5ForConditionalGeneration", "T5Config", T5, SEQ2SEQ),
     "t5-encoder": Architecture("T5EncoderModel", "T5Config", T5, TOKENS),
-    "bart": Architecture("BartModel", "BartConfig", BART, SEQ2SEQ),
+    "bart": Architecture("BartForConditionalGeneration", "BartConfig", BART, SEQ2SEQ),
     # sound
     "whisper": Architecture(
-        "WhisperModel",
+        "WhisperForConditionalGeneration",
         "WhisperConfig",
         BART
         | {
@@ -214,35 +217,40 @@ ARCHITECTURES = {
         },
         {"input_features": Floats((2, 16, 64)), "decoder_input_ids": Tokens((2, 7), VOCABULARY)},
     ),
-    "wav2vec2": Architecture("Wav2Vec2Model", "Wav2Vec2Config", WAV, SOUND),
-    "hubert": Architecture("HubertModel", "HubertConfig", WAV, SOUND),
+    "wav2vec2": Architecture("Wav2Vec2ForCTC", "Wav2Vec2Config", WAV, SOUND),
+    "hubert": Architecture("HubertForCTC", "HubertConfig", WAV, SOUND),
     "audio-spectrogram-transformer": Architecture(
-        "ASTModel",
+        "ASTForAudioClassification",
         "ASTConfig",
         PATCHES | {"max_length": 48, "num_mel_bins": 32},
         {"input_values": Floats((2, 48, 32))},
     ),
     # vision
-    "vit": Architecture("ViTModel", "ViTConfig", PATCHES, PIXELS),
-    "vit-eager": Architecture("ViTModel", "ViTConfig", PATCHES, PIXELS, "eager"),
-    "deit": Architecture("DeiTModel", "DeiTConfig", PATCHES, PIXELS),
+    "vit": Architecture("ViTForImageClassification", "ViTConfig", PATCHES, PIXELS),
+    "vit-eager": Architecture("ViTForImageClassification", "ViTConfig", PATCHES, PIXELS, "eager"),
+    "deit": Architecture("DeiTForImageClassification", "DeiTConfig", PATCHES, PIXELS),
     "beit": Architecture(
-        "BeitModel", "BeitConfig", PATCHES | {"use_relative_position_bias": True}, PIXELS
+        "BeitForImageClassification",
+        "BeitConfig",
+        PATCHES | {"use_relative_position_bias": True},
+        PIXELS,
     ),
-    "dinov2": Architecture("Dinov2Model", "Dinov2Config", PATCHES, PIXELS),
+    "dinov2": Architecture("Dinov2ForImageClassification", "Dinov2Config", PATCHES, PIXELS),
     "yolos": Architecture(
         "YolosForObjectDetection",
         "YolosConfig",
         PATCHES | {"image_size": [64, 64], "num_detection_tokens": 5},
         PIXELS,
     ),
-    "swin": Architecture("SwinModel", "SwinConfig", SWIN, PIXELS),
-    "swinv2": Architecture("Swinv2Model", "Swinv2Config", SWIN, PIXELS),
-    "convnext": Architecture("ConvNextModel", "ConvNextConfig", STAGES, PIXELS),
-    "convnextv2": Architecture("ConvNextV2Model", "ConvNextV2Config", STAGES, PIXELS),
+    "swin": Architecture("SwinForImageClassification", "SwinConfig", SWIN, PIXELS),
+    "swinv2": Architecture("Swinv2ForImageClassification", "Swinv2Config", SWIN, PIXELS),
+    "convnext": Architecture("ConvNextForImageClassification", "ConvNextConfig", STAGES, PIXELS),
+    "convnextv2": Architecture(
+        "ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES, PIXELS
+    ),
     "resnet": Architecture("ResNetForImageClassification", "ResNetConfig", RESNET, PIXELS),
     "regnet": Architecture(
-        "RegNetModel",
+        "RegNetForImageClassification",
         "RegNetConfig",
         STAGES | {"embedding_size": 16, "groups_width": 8, "layer_type": "y"},
         PIXELS,
@@ -250,7 +258,9 @@ ARCHITECTURES = {
     "mobilenet-v2": Architecture(
         "MobileNetV2ForImageClassification", "MobileNetV2Config", {}, PIXELS
     ),
-    "mobilevit": Architecture("MobileViTModel", "MobileViTConfig", {"image_size": 64}, PIXELS),
+    "mobilevit": Architecture(
+        "MobileViTForImageClassification", "MobileViTConfig", {"image_size": 64}, PIXELS
+    ),
     "segformer": Architecture("SegformerForSemanticSegmentation", "SegformerConfig", {}, PIXELS),
     "dpt": Architecture(
         "DPTForDepthEstimation",

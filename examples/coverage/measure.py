@@ -22,6 +22,7 @@ from examples.coverage.entry import Entry
 from examples.coverage.randomize import call, randomize
 
 Row = dict[str, Any]
+INTERFACE = frozenset({"network-input", "network-output"})
 LOWEST = re.compile(r"\(([01]\.\d+)\) is the lowest reachable")
 
 
@@ -77,7 +78,11 @@ def _sweep(entry: Entry, row: Row, stages: _Stages) -> None:
     deps = stages.run("analyze", lambda: fp.analyze(traced))
     row |= facts(deps)
     row["baseline"] = stages.run("baseline", lambda: _baseline(traced))
-    stages.run("prune", lambda: _prune(row, traced, deps, inputs, stages))
+    if traced.frontend == "eager":  # no graph to rewrite: a copy of the model itself is pruned
+        stages.run("prune", lambda: _prune_in_place(row, model, inputs))
+        stages.run("half", lambda: _half_in_place(row, model, inputs))
+        return
+    stages.run("prune", lambda: _prune(row, traced, deps, stages))
     stages.run("half", lambda: _half_of_every_group(row, traced, deps))
 
 
@@ -117,6 +122,8 @@ def facts(deps: fp.DependencyGraph) -> Row:
     for refusal in deps.refusals:
         nodes.setdefault((refusal.code, refusal.op), []).append(refusal.node)
     for group in deps.frozen:
+        if INTERFACE & {r.code for r in group.reasons}:
+            continue  # held whatever is refused
         by_reason.update(dict.fromkeys({(r.code, r.op) for r in group.reasons}, group.width))
     return {
         "groups": len(deps.groups),
@@ -152,15 +159,12 @@ def _baseline(traced: fp.TracedModel) -> float | None:
     return time.process_time() - start
 
 
-def _prune(
-    row: Row, traced: fp.TracedModel, deps: fp.DependencyGraph, inputs: Any, stages: _Stages
-) -> None:
+def _prune(row: Row, traced: fp.TracedModel, deps: fp.DependencyGraph, stages: _Stages) -> None:
     scores = fp.CPMC()(deps)
     try:
         plan = fp.plan(deps, scores, flops=0.5)
     except fp.BudgetError as error:
-        row["lowest"] = lowest = lowest_reachable(error)
-        if lowest >= 1:
+        if (lowest := _floor(row, error)) >= 1:
             return
         plan = fp.plan(deps, scores, flops=lowest)
     row["reached"] = plan.reached["macs"] / plan.reached["macs_before"]
@@ -170,6 +174,31 @@ def _prune(
     if not verdict.ok:
         raise fp.VerificationError(str(verdict))
     stages.run("another batch", lambda: _another_batch(row, traced, slim))
+
+
+def _prune_in_place(row: Row, model: torch.nn.Module, inputs: Any) -> None:
+    try:
+        result = fp.prune(model, inputs, flops=0.5, frontend="eager")
+    except fp.BudgetError as error:
+        if (lowest := _floor(row, error)) >= 1:
+            return
+        result = fp.prune(model, inputs, flops=lowest, frontend="eager")
+    row |= facts(result.deps)  # what the model's own code leaves to prune
+    row["reached"] = result.plan.reached["macs"] / result.plan.reached["macs_before"]
+    row["verdict"] = _verdict(result.verdict)
+
+
+def _half_in_place(row: Row, model: torch.nn.Module, inputs: Any) -> None:
+    if row["groups"]:
+        chance = fp.Random(seed=0)
+        result = fp.prune(model, inputs, ratios=0.5, importance=chance, frontend="eager")
+        row["half"] = _verdict(result.verdict)
+
+
+def _floor(row: Row, error: fp.BudgetError) -> float:
+    row["lowest"] = lowest_reachable(error)
+    row["floor"] = str(error).partition(". Held: ")[2].partition(", and at least")[0]
+    return row["lowest"]
 
 
 def lowest_reachable(error: fp.BudgetError) -> float:

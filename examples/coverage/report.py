@@ -26,7 +26,8 @@ model is compared with the masked original in double precision. A second time a 
 every group is removed, because a ranking may spare whole groups, and compared again.
 """
 LEGEND = """
-- **frontend**: which capture the model took. *Captured*: a graph that gives the model's own output.
+- **frontend**: which capture the model took. *Captured*: what was captured gives the model's own \
+output. *eager* has no graph; the model's own modules are pruned.
 - **prunable**: share of the channels that belong to prunable groups, and share of the MACs that \
 depend on them.
 - **at 50 %**: MACs of the slim model as a share; in brackets where no lower share can be reached.
@@ -54,7 +55,8 @@ def render(rows: Sequence[Row], n_entries: int) -> str:
     for row in rows:
         by_library[row["library"]].append(row)
     parts = [INTRO, _versions(by_library), "## Summary\n", _summary(by_library, n_entries)]
-    parts += ["## Failures\n", _failures(rows), "## Fixed batch\n", _fixed_batch(rows)]
+    parts += ["## Failures\n", _failures(rows), "## Floors\n", _floors(rows)]
+    parts += ["## Fixed batch\n", _fixed_batch(rows)]
     parts += ["## Refusals\n", _refusals(rows)]
     parts += ["## Models\n" + LEGEND]
     parts += [f"### {_title(library)}\n\n{_models(found)}" for library, found in by_library.items()]
@@ -90,13 +92,15 @@ def verified(row: Row) -> bool:
     return "failed" not in row and all(row[k]["ok"] for k in ("verdict", "half") if k in row)
 
 
-def ratio(row: Row) -> float | None:
-    """Capture and analysis, without what ``torch.export`` itself takes, over the baseline."""
+def ratio(row: Row, *, exporting: bool = False) -> float | None:
+    """Capture and analysis over the baseline, with or without what ``torch.export`` takes."""
     seconds = row["seconds"]
     if not row.get("baseline") or "analyze" not in seconds:
         return None
-    own = seconds["capture"] - row.get("export_seconds", 0.0) + seconds["analyze"]
-    return own / row["baseline"]
+    taken = seconds["capture"] + seconds["analyze"]
+    if not exporting:
+        taken -= row.get("export_seconds", 0.0)
+    return taken / row["baseline"]
 
 
 def _summary(by_library: Mapping[str, Sequence[Row]], n_entries: int) -> str:
@@ -108,6 +112,7 @@ def _summary(by_library: Mapping[str, Sequence[Row]], n_entries: int) -> str:
         "models",
         "symbolic",
         "export",
+        "eager",
         "captured",
         "pruned",
         "verified",
@@ -116,6 +121,7 @@ def _summary(by_library: Mapping[str, Sequence[Row]], n_entries: int) -> str:
         "nothing prunable",
         "ratio, median",
         "ratio, largest",
+        "with torch.export, median",
     ]
     missing = n_entries - len(everything)
     note = f"\n{missing} of the {n_entries} models of the catalogue were not measured.\n"
@@ -124,12 +130,12 @@ def _summary(by_library: Mapping[str, Sequence[Row]], n_entries: int) -> str:
 
 def _counts(name: str, rows: Sequence[Row]) -> list[Cell]:
     ratios = [r for row in rows if captured(row) and (r := ratio(row)) is not None]
+    exporting = [ratio(r, exporting=True) for r in rows if captured(r) and ratio(r) is not None]
     done = [row for row in rows if pruned(row)]
     return [
         name,
         len(rows),
-        sum(row.get("frontend") == "symbolic" for row in rows),
-        sum(row.get("frontend") == "export" for row in rows),
+        *(sum(row.get("frontend") == f for row in rows) for f in ("symbolic", "export", "eager")),
         sum(map(captured, rows)),
         len(done),
         sum(verified(row) and pruned(row) for row in rows),
@@ -138,6 +144,7 @@ def _counts(name: str, rows: Sequence[Row]) -> list[Cell]:
         sum(verified(row) and not pruned(row) for row in rows),
         f"{statistics.median(ratios):.2f}" if ratios else "",
         f"{max(ratios):.2f}" if ratios else "",
+        f"{statistics.median(exporting):.2f}" if exporting else "",
     ]
 
 
@@ -201,19 +208,26 @@ def _refusals(rows: Sequence[Row]) -> str:
     example: dict[tuple[str, str], str] = {}
     for row in rows:
         for refusal in row.get("refusals", ()):
+            if not refusal["channels"]:
+                continue
             key = (refusal["code"], refusal["op"])
             models[key].append(row["name"])
             held[key] += refusal["channels"]
             example.setdefault(key, f"{row['name']}: {refusal['example']}")
     if not models:
         return "None."
+    intro = (
+        "What holds channels that are neither inputs nor outputs of their model. A channel that "
+        "several operators hold is counted for each.\n\n"
+    )
     order = sorted(models, key=lambda key: (-len(models[key]), key))
     table = [
         [f"[{code}](refusals.md#{code})", f"`{op}`", len(models[code, op]), f"{held[code, op]:,}",
          _cell(example[code, op])]
         for code, op in order
     ]  # fmt: skip
-    return _table(["code", "operator", "models", "channels held", "for example"], table)
+    headers = ["code", "operator", "models", "channels held", "for example"]
+    return intro + _table(headers, table)
 
 
 def _failures(rows: Sequence[Row]) -> str:
@@ -226,6 +240,15 @@ def _failures(rows: Sequence[Row]) -> str:
         for row in failed
     ]  # fmt: skip
     return _table(["model", "stage", "error", "reason"], table)
+
+
+def _floors(rows: Sequence[Row]) -> str:
+    floors = sorted((row for row in rows if "lowest" in row), key=lambda row: -row["lowest"])
+    if not floors:
+        return "None: every model reaches half of its MACs."
+    intro = "Models that cannot reach half of their MACs, and the widest groups that are held.\n\n"
+    table = [[_full(row), f"{row['lowest']:.1%}", _cell(row.get("floor", ""))] for row in floors]
+    return intro + _table(["model", "lowest share", "held"], table)
 
 
 def _fixed_batch(rows: Sequence[Row]) -> str:
