@@ -57,6 +57,7 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    _check_is_python(model)
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
     left_alone = _matching_modules(model, opaque)
@@ -303,6 +304,20 @@ def _equal(a: Any, b: Any) -> bool:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return bool(a == b)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _check_is_python(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"the model is a TorchScript module ({name}), which has no Python code to follow; give "
+            "the module that it was made from"
+        )
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise CaptureError(
+            f"the model is compiled ({name}); give the module that was compiled (model._orig_mod), "
+            "and compile the slim one"
+        )
 
 
 def _check_initialised(named: list[Named]) -> None:

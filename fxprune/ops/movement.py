@@ -273,10 +273,14 @@ def index(call: Call) -> tuple[Labels, ...]:
     given = [k for k, i in enumerate(indices) if i is not None]
     for k in given:
         indices[k].confined(set())
+    ndim = max(len(indices[k].shape) for k in given)
+    if len(call.shapes[0]) != len(x.shape) - len(given) + ndim:
+        call.freeze_operands(*UNKNOWN_INDEX)  # a mask over several axes
+        return ((),)
     adjacent = given == list(range(given[0], given[0] + len(given)))
     untracked = not any(set(given) & set(f.axes) for f in x.labels if not x.weight)
     if adjacent and (x.weight or untracked):
-        return (_looked_up(call, x, given, max(len(indices[k].shape) for k in given)),)
+        return (_looked_up(call, x, given, ndim),)
     if len(given) != 1 or len(indices[given[0]].shape) != 1:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ((),)
