@@ -107,7 +107,12 @@ def test_every_exception_has_a_section():
 
 def test_every_operator_with_a_rule_is_listed_once_and_no_other():
     rows = (REFERENCE / "operators.md").read_text().splitlines()
-    listed = [n for row in rows if row.startswith(("| `aten.", "| `torchvision.")) for n in ticked(row.split("|")[1])]
+    listed = [
+        n
+        for row in rows
+        if row.startswith(("| `aten.", "| `torchvision."))
+        for n in ticked(row.split("|")[1])
+    ]
     assert sorted(listed) == sorted(name.replace("::", ".") for name in RULES)
 
 
