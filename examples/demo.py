@@ -223,7 +223,13 @@ def main() -> None:
     slim = result.model.eval()
     rows = [row("original", model, data, *before), row("pruned", slim, data, *after)]
 
-    print("\n4. Fine-tune the slim model.")
+    print("\n4. Reconstruct: fit the kept weights to the original, without classes or training.\n")
+    fitted = fp.reconstruct(result, data.train_images[:512])
+    assert fitted.reconstruction is not None
+    print(fitted.reconstruction.report())
+    rows.append(row("reconstructed", fitted.model.eval(), data, *after))
+
+    print("\n5. Or fine-tune the slim model as it was pruned.")
     train(slim, data, options.finetune_epochs, 1e-3, "fine-tuning")
     rows.append(row("fine-tuned", slim, data, *after))
     latency = f"ms per {LATENCY_BATCH} images"

@@ -9,7 +9,7 @@
 True
 """
 
-from fxprune.api import PruneResult, prune
+from fxprune.api import PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
@@ -33,6 +33,7 @@ from fxprune.ops.registry import register_rule
 from fxprune.planning import PruningPlan, plan
 from fxprune.recovery import (
     HGSR,
+    LASSO,
     DependencySparsity,
     Distillation,
     FeatureMatching,
@@ -41,8 +42,10 @@ from fxprune.recovery import (
     GreedyOrder,
     HGSRResult,
     HierarchicalSparsity,
+    ReconstructionError,
     ScaleSparsity,
     finetune,
+    recalibrate,
     reinitialized,
 )
 from fxprune.rewrite import rewrite
@@ -55,6 +58,7 @@ __all__ = [
     "HGSR",
     "L1",
     "L2",
+    "LASSO",
     "ArgumentError",
     "ArtifactError",
     "BudgetError",
@@ -77,6 +81,7 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "Random",
+    "ReconstructionError",
     "Refusal",
     "RewriteError",
     "ScaleSparsity",
@@ -89,6 +94,8 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "recalibrate",
+    "reconstruct",
     "register_rule",
     "reinitialized",
     "rewrite",

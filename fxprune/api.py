@@ -5,16 +5,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxprune.capture import TracedModel, trace
 from fxprune.capture.eager import FIXED_CALLS
 from fxprune.coupling import DependencyGraph, analyze
-from fxprune.errors import VerificationError
+from fxprune.errors import ArgumentError, VerificationError
 from fxprune.export.inplace import module_sizes, slim_copy
 from fxprune.importance import CPMC, Criterion
 from fxprune.planning import PruningPlan, plan
-from fxprune.planning.budget import Share
+from fxprune.planning.budget import Share, parse_share
+from fxprune.recovery import Reconstruction, ReconstructionError, reconstruct_model
+from fxprune.recovery.batches import as_list
+from fxprune.recovery.criterion import REFITS
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
 
@@ -31,6 +34,7 @@ class PruneResult:
         verdict: result of the check against the masked original; None if it was switched off.
         deps: the dependency graph of the original.
         traced: the captured original.
+        reconstruction: what was fitted to calibration batches after the check; None if nothing was.
     """
 
     model: nn.Module
@@ -38,6 +42,7 @@ class PruneResult:
     verdict: Verdict | None
     deps: DependencyGraph
     traced: TracedModel
+    reconstruction: Reconstruction | None = None
 
     def report(self) -> str:
         """Asked and reached, every group before and after, refusals, and the verdict."""
@@ -45,6 +50,8 @@ class PruneResult:
         if self.deps.refusals:
             parts.append("refused:\n" + "\n".join(f"  {r}" for r in self.deps.refusals))
         parts.append("verified: " + (str(self.verdict) if self.verdict else "not asked for"))
+        if self.reconstruction:
+            parts.append(self.reconstruction.report())
         return "\n\n".join(parts)
 
 
@@ -56,16 +63,21 @@ def prune(
     params: Share | None = None,
     ratios: Mapping[str | int, Share] | Share | None = None,
     importance: Criterion | None = None,
+    calibration: Any = None,
     ignore: Iterable[str] = (),
     round_to: int = 1,
     min_channels: int = 1,
     max_ratio: float = 0.9,
+    approximate: bool = True,
     frontend: str = "auto",
+    opaque: str | Iterable[str] = (),
     verify: bool = True,
 ) -> PruneResult:
     """Prune a model to a budget: trace, analyze, score, plan, rewrite, verify.
 
-    The caller's model is not changed in any way.
+    With ``calibration``, channels are chosen by what their loss costs the output once the others
+    have made up for it, and the kept weights are fitted anew, after the check. The caller's model
+    is not changed in any way.
 
     Args:
         model: any ``nn.Module`` that can be traced.
@@ -73,23 +85,33 @@ def prune(
         flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
         params: share of the parameters to keep at most.
         ratios: share of its channels to keep, per group, or one share for all groups.
-        importance: a criterion; default ``CPMC()``.
+        importance: a criterion; default ``CPMC()``, or ``ReconstructionError`` with
+            ``calibration``.
+        calibration: a few hundred samples like those the model will see, without labels: an
+            iterable of batches, or one tensor of samples. See ``reconstruct``.
         ignore: layers whose shape must not change: names, containers, or globs.
         round_to: widths of groups become multiples of this.
         min_channels: every group keeps at least so many channels.
         max_ratio: largest share of a group that may be removed.
+        approximate: prune groups over which a statistic is taken (layer norm, a mean) too.
         frontend: see ``trace``.
+        opaque: modules to leave alone, see ``trace``.
         verify: compare the slim model with the masked original.
 
     Raises:
         FxpruneError: see ``trace``, ``plan`` and ``rewrite``.
         VerificationError: the slim model does not equal the masked original.
     """
-    traced = trace(model, example_inputs, frontend)
+    batches = None if calibration is None else as_list(calibration)
+    traced = trace(model, example_inputs, frontend, opaque=opaque)
+    criterion: Criterion = importance or CPMC()
+    if batches is not None:
+        _check_graph(traced)
+        criterion = importance or _reconstruction_error(batches, flops, params)
 
     def run(captured: TracedModel) -> PruneResult:
         deps = analyze(captured)
-        scores = (importance or CPMC())(deps)
+        scores = criterion(deps)
         chosen = plan(
             deps,
             scores,
@@ -100,10 +122,12 @@ def prune(
             round_to=round_to,
             min_channels=min_channels,
             max_ratio=max_ratio,
+            approximate=approximate,
         )
         slim = _slimmed(captured, chosen, model, example_inputs)
         verdict = _verified(captured, slim, chosen) if verify else None
-        return PruneResult(slim, chosen, verdict, deps, captured)
+        result = PruneResult(slim, chosen, verdict, deps, captured)
+        return result if batches is None else reconstruct(result, batches)
 
     if traced.frontend != "eager":
         return run(traced)
@@ -111,6 +135,56 @@ def prune(
         with contextlib.suppress(VerificationError):
             return run(replace(traced, fixed_calls=variant, derived={}))
     return run(replace(traced, fixed_calls=FIXED_CALLS[-1], derived={}))
+
+
+def reconstruct(result: PruneResult, batches: Any, *, ridge: float | None = None) -> PruneResult:
+    """Fit the kept weights of a slim model to what the original computes: no training, no labels.
+
+    Layer by layer, in the order of the graph: what a layer reads in the slim model, whose earlier
+    layers are fitted already, against what the original layer gives. The inputs of the fit are
+    never stored, only their second moments, in float64.
+
+    Args:
+        result: what ``prune`` gave; neither it nor its model is changed.
+        batches: a few hundred samples like those the model will see: an iterable of batches, such
+            as a ``DataLoader``, or one tensor of samples. A batch is a tensor, a tuple of inputs
+            (what follows them, such as labels, is ignored) or a dict of inputs by name.
+        ridge: what holds the weights to those before, as a share of the mean square of what a
+            layer reads; by default chosen per layer by cross-validation.
+
+    Returns:
+        A result with a new model, and with the error of every layer before and after.
+
+    Raises:
+        ArgumentError: there is no batch, one does not fit the inputs of the model, or the model was
+            captured without a graph.
+        ExampleInputError: the model does not run on a batch.
+        NonFiniteError: a batch or an activation holds NaN or infinity.
+    """
+    slim = _check_graph(result.traced, result.model)
+    model, done = reconstruct_model(result.traced, result.plan, slim, batches, ridge)
+    return replace(result, model=model, reconstruction=done)
+
+
+def _reconstruction_error(
+    batches: list[Any], flops: Share | None, params: Share | None
+) -> ReconstructionError:
+    """The criterion for a budget: no weights are fitted for less than what shall be kept."""
+    by = "params" if flops is None and params is not None else "macs"
+    budget = params if by == "params" else flops
+    least = 1.0 if budget is None else parse_share(budget, "params" if by == "params" else "flops")
+    return ReconstructionError(batches, by, tuple(r for r in REFITS if r > least))
+
+
+def _check_graph(traced: TracedModel, slim: nn.Module | None = None) -> fx.GraphModule:
+    """The slim graph module, or the original's: what calibration walks through."""
+    module = traced.graph_module if slim is None else slim
+    if traced.frontend == "eager" or not isinstance(module, fx.GraphModule):
+        raise ArgumentError(
+            "reconstruction follows the graph of a model, and of this one none could be captured "
+            f"({traced.why or 'frontend eager'}); prune without calibration=, then fine-tune"
+        )
+    return module
 
 
 def _slimmed(

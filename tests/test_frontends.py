@@ -217,6 +217,24 @@ def test_an_argument_that_the_graph_does_not_know_is_no_surprise():
         slim(**wordy_inputs(2), scale=2.0)
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "export", "eager"])
+def test_a_module_declared_opaque_is_left_alone_and_holds_what_runs_through_it(frontend):
+    case, model = ZOO["residual"], build("residual")
+    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    whole = fp.analyze(fp.trace(model, case.inputs(), frontend))
+    traced = fp.trace(model, case.inputs(), frontend, opaque=paths[1])
+    held = fp.analyze(traced)
+    touching = {g.name for g in whole.groups if paths[1] in g.layers}
+    assert touching
+    assert {g.name for g in held.groups} == {g.name for g in whole.groups} - touching
+    assert not held.refusals
+
+
+def test_opaque_has_to_name_a_module():
+    with pytest.raises(fp.ArgumentError, match="nowhere"):
+        fp.trace(build("residual"), ZOO["residual"].inputs(), opaque="nowhere.*")
+
+
 # eager, and plans on the author's own modules
 
 

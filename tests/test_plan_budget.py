@@ -354,3 +354,17 @@ def test_positions_of_a_buffer_that_nobody_reads_are_no_channels() -> None:
     deps = fp.analyze(fp.trace(LooksPositionsUp(), torch.randn(2, 5, 8), frontend="export"))
     assert sum(g.width for g in deps.groups) == deps.n_channels
     fp.plan(deps, fp.L2()(deps), flops=0.5)
+
+
+def test_groups_under_a_statistic_are_kept_if_only_exact_removal_is_allowed():
+    case = ZOO["encoder_layer"]
+    result = fp.prune(build("encoder_layer"), case.inputs(), ratios=0.5, approximate=False)
+    kept = {g.name: len(g.kept) / g.width for g in result.plan.groups}
+    approximate = {g.name for g in result.deps.groups if g.approximate}
+    assert approximate
+    assert all(kept[name] == 1 for name in approximate)
+    assert all(share == 0.5 for name, share in kept.items() if name not in approximate)
+    assert not result.verdict.approximate
+    assert {g.note for g in result.plan.groups if g.name in approximate} == {
+        "a statistic over it would change"
+    }

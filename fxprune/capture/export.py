@@ -309,7 +309,7 @@ class _Builder:
         if node.target in _MOVES:
             return self._cast(node)
         new = self.graph.node_copy(node, self._node)
-        new.meta = {}
+        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         self._switch_with_training(node, new)
         return new
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import fnmatch
+import gc
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +28,13 @@ Named = tuple[str, str, torch.Tensor]  # kind, qualified name, tensor
 
 
 @torch.inference_mode(mode=False)
-def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> TracedModel:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    frontend: str = "auto",
+    *,
+    opaque: str | Iterable[str] = (),
+) -> TracedModel:
     """Capture a model as a graph plus a record of the ATen operators that it executes.
 
     The model is captured in evaluation mode and handed back exactly as it was: weights, gradients,
@@ -39,27 +47,62 @@ def trace(model: nn.Module, example_inputs: Any, frontend: str = "auto") -> Trac
             (``torch.export``: captures nearly everything, opens attention), ``eager`` (no graph,
             so plans are carried out on the model's own modules), or ``auto``: symbolic unless that
             fails or leaves layers opaque that export opens, eager where neither gives a graph.
+        opaque: modules to leave alone, by name or glob: nothing inside them changes, and channels
+            that run through them are kept.
 
     Raises:
         ExampleInputError: the model does not run on the inputs.
         NonFiniteError: a parameter or buffer holds NaN or infinity.
         CaptureError: no graph could be captured, or it computes something else than the model.
-        ArgumentError: ``model`` is no module, or ``frontend`` is unknown.
+        ArgumentError: ``model`` is no module, ``frontend`` is unknown, or ``opaque`` names nothing.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
+    left_alone = _matching_modules(model, opaque)
     named = list(_named(model))
     _check_initialised(named)
     _check_finite(named)
     inputs = bind_inputs(model, _ordinary(example_inputs))
-    with _unchanged(model), torch.random.fork_rng(devices=_devices(model)), plain_kernels():
+    with (
+        _unchanged(model),
+        torch.random.fork_rng(devices=_devices(model)),
+        plain_kernels(),
+        _collector_paused(),
+    ):
         eager, kernels = _record_eager(model, inputs, named)
         session = _Session(model, inputs, named, eager, kernels)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
-    return captured
+    return replace(captured, opaque=left_alone) if left_alone else captured
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cycles: a capture makes many small objects and frees hardly any.
+
+    On a large model a full collection in the middle takes as long as all the rest.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+def _matching_modules(model: nn.Module, patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """Paths of the modules that the patterns name."""
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    found: dict[str, None] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matches = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+        if not matches:
+            raise ArgumentError(f"opaque={pattern!r} matches no module of the model")
+        found.update(dict.fromkeys(matches))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -75,6 +75,7 @@ class TracedModel:
         why: why it was that one, where ``auto`` did not take its first choice.
         unused: modules and parameters that the model never uses in evaluation mode (auxiliary
             heads, say); they are not part of the graph.
+        opaque: paths of modules that are left alone; channels that touch them are kept.
         fixed_calls: operators whose sizes and positions the model's code holds for good; for eager
             captures, whose code nobody can edit.
         derived: what was computed from this capture once and is needed again (its dependency
@@ -89,6 +90,7 @@ class TracedModel:
     frontend: str
     unused: tuple[str, ...] = ()
     why: str = ""
+    opaque: tuple[str, ...] = ()
     fixed_calls: frozenset[str] = frozenset()
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fxprune as fp
+from fxprune.cli.calibration import read_calibration
 from fxprune.cli.data import inspection, outcome, verdict_data
 from fxprune.cli.models import build, example_inputs, recorded_inputs
 from fxprune.errors import ArgumentError
@@ -25,10 +26,14 @@ def _prune(options: argparse.Namespace) -> tuple[bool, str]:
         raise ArgumentError("no budget; say what to keep, e.g. --flops 50% or --params 0.3")
     if options.out is not None:
         check_target(options.out, overwrite=options.force)
+    calibration = None if options.calibration is None else read_calibration(options.calibration)
+    if options.importance == "reconstruction" and calibration is None:
+        raise ArgumentError("--importance reconstruction needs samples: --calibration FILE")
     model, inputs = _model(options.model, options)
     _say(f"pruning {options.model}")
     start = time.perf_counter()
-    result = fp.prune(model, inputs, **_prune_arguments(options))
+    arguments = _prune_arguments(options)
+    result = fp.prune(model, inputs, calibration=calibration, **arguments)
     _say(f"pruned in {time.perf_counter() - start:.2f} s")
     if options.out is not None:
         fp.save(result, options.out, overwrite=options.force)
@@ -68,21 +73,22 @@ def _traced(
 ) -> fp.TracedModel:
     model, inputs = _model(name, options, recorded_in)
     _say(f"tracing {name}")
-    return fp.trace(model, inputs)
+    return fp.trace(model, inputs, options.frontend)
 
 
 def _prune_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Options that were given, by the names that ``prune`` has for them; its defaults else."""
-    names = ("flops", "params", "ignore", "round_to", "min_channels", "max_ratio")
-    chosen = {name: getattr(options, name) for name in names}
+    names = "flops params ignore round_to min_channels max_ratio approximate frontend"
+    chosen = {name: getattr(options, name) for name in names.split()}
     criteria: dict[str, Callable[[], Any]] = {
         "cpmc": fp.CPMC,
         "l1": fp.L1,
         "l2": fp.L2,
         "random": lambda: fp.Random(seed=options.seed),
     }
+    importance = criteria[options.importance]() if options.importance in criteria else None
     return {name: value for name, value in chosen.items() if value is not None} | {
-        "importance": criteria[options.importance](),
+        "importance": importance,
         "verify": not options.no_verify,
     }
 

@@ -1,5 +1,6 @@
 """What the commands report, in the form that ``--json`` prints."""
 
+from dataclasses import asdict
 from typing import Any
 
 from fxprune import DependencyGraph, PruneResult, Verdict
@@ -43,6 +44,7 @@ def outcome(result: PruneResult) -> dict[str, Any]:
         "requested": plan.requested,
         "reached": plan.reached,
         "fingerprint": plan.fingerprint,
+        "reconstruction": _reconstruction(result),
         "verdict": None if result.verdict is None else verdict_data(result.verdict),
         "groups": [
             {"name": g.name, "before": g.width, "after": len(g.kept), "note": g.note}
@@ -52,6 +54,11 @@ def outcome(result: PruneResult) -> dict[str, Any]:
             {"name": name, "width": width, "reason": reason} for name, width, reason in plan.frozen
         ],
     }
+
+
+def _reconstruction(result: PruneResult) -> list[dict[str, Any]] | None:
+    done = result.reconstruction
+    return None if done is None else [asdict(fit) for fit in done.fits]
 
 
 def verdict_data(verdict: Verdict) -> dict[str, Any]:

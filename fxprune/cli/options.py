@@ -75,9 +75,14 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
     budget.add_argument("--params", metavar="SHARE", help=share.format("parameters"))
     budget.add_argument(
         "--importance",
-        choices=("cpmc", "l1", "l2", "random"),
-        default="cpmc",
-        help="how channels are ranked (default: cpmc)",
+        choices=("cpmc", "l1", "l2", "random", "reconstruction"),
+        help="how channels are ranked (default: cpmc, or reconstruction with --calibration)",
+    )
+    budget.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="samples without labels, to reconstruct the kept weights from: a tensor [samples, "
+        "...] or one per input by name, as .npy, .npz, .pt, .pth or .safetensors",
     )
     budget.add_argument(
         "--round-to", type=int, metavar="N", help="make widths multiples of N (default: 1)"
@@ -87,6 +92,12 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
     )
     budget.add_argument(
         "--max-ratio", type=float, metavar="R", help="remove at most this share of any group"
+    )
+    budget.add_argument(
+        "--no-approximate",
+        dest="approximate",
+        action="store_false",
+        help="keep channels that a statistic is taken over, such as those of a layer norm",
     )
     budget.add_argument(
         "--ignore",
@@ -117,6 +128,12 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         metavar="SHAPE",
         help="shape of an example input, e.g. 1,3,224,224; repeat it for several inputs "
         "(default: that, for torchvision models; what was recorded, for saved ones)",
+    )
+    model.add_argument(
+        "--frontend",
+        choices=("auto", "symbolic", "export", "eager"),
+        default="auto",
+        help="how the graph is captured (default: auto)",
     )
     model.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of random weights and inputs (default: 0)"

@@ -19,7 +19,7 @@ from fxprune.ops.ledger import Ledger, Role
 
 # Reasons that protect the interface of the model or the inside of a kernel: no operator refused.
 _INTERFACE = frozenset({"network-input", "network-output"})
-_BY_DESIGN = _INTERFACE | {"fixed-axis"}
+_BY_DESIGN = _INTERFACE | {"fixed-axis", "left-alone"}
 
 
 def analyze(traced: TracedModel) -> DependencyGraph:

@@ -29,6 +29,11 @@ OPAQUE_MODULE = (
     "the size attributes of this module class are unknown",
     "the module is one of torch.nn's layers or is traced through",
 )
+LEFT_ALONE = (
+    "left-alone",
+    "the module was declared opaque",
+    "it is not declared opaque",
+)
 NO_GRAPH = (
     "no-graph",
     "the model's own code, which cannot be edited, counts channels or picks some in another order",
@@ -50,7 +55,37 @@ def label(traced: TracedModel) -> Ledger:
     _protect_outputs(traced, ledger)
     _box_what_is_taken_apart(traced, ledger)
     _refuse_opaque_calls(traced, ledger)
+    _hold_what_is_left_alone(traced, ledger)
     return ledger
+
+
+def _hold_what_is_left_alone(traced: TracedModel, ledger: Ledger) -> None:
+    """Freeze every channel that runs through a module which the caller declared opaque."""
+    if not traced.opaque:
+        return
+    inside = {n.name for n in traced.graph_module.graph.nodes if _is_inside(n, traced.opaque)}
+    for record in traced.records:
+        if record.node not in inside and not _is_below(record.scope, traced.opaque):
+            continue
+        refusal = _refusal(record.node, record.op, LEFT_ALONE)
+        for ref in (*_refs(record.args), *(r for r in record.outputs if r is not None)):
+            value = traced.values[ref.id]
+            for factor in ledger.values.get(ref.id, ()):
+                ledger.freeze(factor.labels, refusal)
+            for axis in range(len(value.shape)) if value.name else ():
+                if (value.name, axis) in ledger.parameters:
+                    ledger.freeze(ledger.parameters[value.name, axis].labels, refusal)
+
+
+def _is_inside(node: fx.Node, paths: tuple[str, ...]) -> bool:
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module":
+        stack.append(str(node.target))
+    return any(_is_below(path, paths) for path in stack)
+
+
+def _is_below(path: str, paths: tuple[str, ...]) -> bool:
+    return any(path == p or path.startswith(f"{p}.") for p in paths)
 
 
 def _grouped_weights(traced: TracedModel) -> dict[str, int]:

@@ -34,6 +34,7 @@ def plan(
     round_to: int = 1,
     min_channels: int = 1,
     max_ratio: float = 0.9,
+    approximate: bool = True,
 ) -> PruningPlan:
     """Choose the channels to remove: the least important first, until every budget holds.
 
@@ -51,6 +52,8 @@ def plan(
         round_to: widths of groups become multiples of this; a group never below one multiple.
         min_channels: every group keeps at least so many channels.
         max_ratio: largest share of a group that may be removed.
+        approximate: prune groups over which a statistic is taken (layer norm, a mean) too; False
+            keeps them.
 
     Raises:
         ArgumentError: an option has no meaning.
@@ -71,7 +74,8 @@ def plan(
     if not budgets and ratios is None:
         raise ArgumentError("nothing to aim for: give flops=, params= or ratios=")
     ignored = ignored_groups(deps, ignore)
-    removable = ~np.isin(deps.group_of, list(ignored))
+    held = set() if approximate else {k for k, g in enumerate(deps.groups) if g.approximate}
+    removable = ~np.isin(deps.group_of, list(ignored | held))
     units = make_units(deps, values, removable, round_to)
     limits = _limits(deps, min_channels, max_ratio)
     alive = np.ones(deps.n_channels, dtype=bool)
@@ -88,7 +92,12 @@ def plan(
         requested["ratios"] = {deps.groups[k].name: s for k, s in shares.items()}
     requested["ignore"] = [ignore] if isinstance(ignore, str) else sorted(ignore)
     requested |= {"round_to": round_to, "min_channels": min_channels, "max_ratio": max_ratio}
-    return describe(deps, alive, requested, _notes(deps, units, alive, ignored, shares))
+    if not approximate:
+        requested["approximate"] = False
+    kept = dict.fromkeys(held, "a statistic over it would change") | dict.fromkeys(
+        ignored, "ignored"
+    )
+    return describe(deps, alive, requested, _notes(deps, units, alive, kept, shares))
 
 
 def _limits(deps: DependencyGraph, min_channels: int, max_ratio: float) -> IntArray:
@@ -116,16 +125,16 @@ def _notes(
     deps: DependencyGraph,
     units: Units,
     alive: BoolArray,
-    ignored: set[int],
+    held: Mapping[int, str],
     shares: Mapping[int, float],
 ) -> dict[int, str]:
     """Why a group kept more than was asked, per group index."""
-    notes = {}
+    notes = dict(held)
     for k, group in enumerate(deps.groups):
         kept = int(alive[group.channels].sum())
-        if k in ignored:
-            notes[k] = "ignored"
-        elif (units.of_channel[group.channels] < 0).all():
+        if k in held:
+            continue
+        if (units.of_channel[group.channels] < 0).all():
             notes[k] = "nothing may go alone: round_to, or groups that must lose equally many"
         elif k in shares and kept > max(_kept(group.width, shares[k]), 1):
             notes[k] = f"{shares[k]:.0%} asked; held by max_ratio, min_channels or round_to"

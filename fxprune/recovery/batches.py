@@ -1,0 +1,108 @@
+"""Calibration batches: what users hand in, checked and brought to one form."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.capture.inputs import describe
+from fxprune.errors import ArgumentError, NonFiniteError
+
+CHUNK = 32  # samples of one batch, where a single tensor holds all of them
+Inputs = tuple[Any, ...]
+NEEDED = (
+    "give an iterable of batches (tensors, tuples of inputs, or dicts of inputs by name), or one "
+    "tensor of samples"
+)
+
+
+def collect(
+    batches: Any, graph_module: fx.GraphModule, example: Inputs | None = None
+) -> list[Inputs]:
+    """Batches as tuples with one value per input of the model, on the model's device.
+
+    Args:
+        batches: an iterable of batches, such as a ``DataLoader``; each a tensor, a tuple or list of
+            positional inputs (what follows them, such as labels, is ignored) or a dict of keyword
+            inputs. Or one tensor ``[samples, ...]``, which is cut in batches.
+        graph_module: the model.
+        example: example inputs that it was captured with; they tell which inputs are tensors.
+
+    Raises:
+        ArgumentError: there is no batch, or a batch does not fit the inputs of the model.
+        NonFiniteError: a batch holds NaN or infinity.
+    """
+    given = as_list(batches)
+    nodes = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    defaults = {str(n.target): n.args[0] for n in nodes if n.args}
+    if example is not None:  # an input with a default that the example supplies is needed too
+        values = {str(n.target): x for n, x in zip(nodes, example, strict=True)}
+        defaults = {k: values[k] for k in defaults if not isinstance(values[k], torch.Tensor)}
+    names = [str(n.target) for n in nodes]
+    device = next((t.device for t in graph_module.state_dict().values()), torch.device("cpu"))
+    found = []
+    for k, item in enumerate(given):
+        bound = defaults | _bound(item, names, [n for n in names if n not in defaults], k)
+        _check_tensors(bound, k)
+        found.append(tuple(bound[n] for n in names))
+    moved = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device), found)
+    return list(moved)
+
+
+def as_list(batches: Any) -> list[Any]:
+    """The batches, read once.
+
+    Raises:
+        ArgumentError: there is none, or this is nothing to read batches from.
+    """
+    if isinstance(batches, torch.Tensor):
+        return list(batches.split(CHUNK)) if batches.dim() and len(batches) else _refuse_nothing()
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
+        raise ArgumentError(f"calibration is {describe(batches)}; {NEEDED}")
+    return list(batches) or _refuse_nothing()
+
+
+def _refuse_nothing() -> list[Any]:
+    raise ArgumentError(
+        "calibration holds no batch (a generator can be read only once); a few hundred samples are "
+        "a good number"
+    )
+
+
+def required_inputs(model: nn.Module, item: Any) -> Any:
+    """The inputs of one batch without what follows them, such as labels."""
+    if isinstance(item, (tuple, list)):
+        parameters = inspect.signature(model.forward).parameters.values()
+        return tuple(item[: sum(p.default is p.empty for p in parameters)])
+    return item
+
+
+def _bound(item: Any, names: list[str], required: list[str], k: int) -> dict[str, Any]:
+    """Inputs of one batch by name."""
+    needed = f"the model takes {', '.join(required)}"
+    if isinstance(item, torch.Tensor):
+        item = (item,)
+    if isinstance(item, Mapping):
+        bound = {n: item[n] for n in names if n in item}
+    elif isinstance(item, (tuple, list)):
+        bound = dict(zip(required, item, strict=False))
+    else:
+        raise ArgumentError(
+            f"calibration batch {k} is a {type(item).__name__}; a tensor, a tuple of inputs or a "
+            "dict of inputs by name is needed"
+        )
+    if missing := [n for n in required if n not in bound]:
+        given = describe(item)
+        raise ArgumentError(f"calibration batch {k} {given} lacks {', '.join(missing)}; {needed}")
+    return bound
+
+
+def _check_tensors(bound: dict[str, Any], k: int) -> None:
+    tensors = {n: t for n, t in bound.items() if isinstance(t, torch.Tensor)}
+    if not any(t.numel() for t in tensors.values()):
+        raise ArgumentError(f"calibration batch {k} holds no samples: {describe(bound)}")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"calibration batch {k}: input {name} holds NaN or infinity")

@@ -1,0 +1,141 @@
+"""What calibration says about the layers of the original: what they read, and what errors cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from fxprune.capture.inputs import describe
+from fxprune.capture.traced import TracedModel
+from fxprune.errors import ExampleInputError, NonFiniteError
+from fxprune.recovery.batches import Inputs
+from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer
+from fxprune.recovery.moments import Moments
+from fxprune.verify.guard import undisturbed
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """What calibration says about one layer.
+
+    Attributes:
+        name: qualified name of its module.
+        layer: the layer.
+        moments: of what it reads; there are no targets. Of a layer too wide for that, none.
+        squares: ``[outputs]``, sum over samples and positions of the squared gradient of the
+            model's outputs, each in units of its standard deviation, with respect to the layer's.
+        positions: how many samples and positions that were.
+    """
+
+    name: str
+    layer: Layer
+    moments: Moments | None
+    squares: torch.Tensor
+    positions: int = 0
+
+    @property
+    def price(self) -> torch.Tensor:
+        """What a unit of squared error of each output costs the model's outputs, ``[outputs]``."""
+        return self.squares / max(self.positions, 1)
+
+
+def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> list[Seen]:
+    """Second moments and gradients of layers of the original on calibration batches.
+
+    The gradient is that of a random mix of the model's outputs, so its mean square is what a small
+    error costs, whatever the outputs mean: no labels and no loss are needed.
+
+    Args:
+        traced: the captured original; nothing of it changes.
+        inputs: what ``collect`` gave.
+        names: layers to observe; those that are neither convolutions nor linear are left out.
+
+    Raises:
+        ExampleInputError: the model does not run on a batch.
+        NonFiniteError: an activation holds NaN or infinity.
+    """
+    module = traced.graph_module
+    watched = {}
+    for name, child in module.named_modules():
+        if name in names and isinstance(child, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+            watched[name] = _unseen(name, Layer(child))
+    generator = torch.Generator().manual_seed(0)
+    with undisturbed(module), torch.enable_grad():
+        for k, batch in enumerate(tqdm(inputs, desc="observe", unit="batch", leave=False)):
+            try:
+                _observe_batch(module, watched, batch, generator)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ExampleInputError(
+                    f"calibration batch {k}, {describe(batch)}, does not run: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+    for seen in watched.values():
+        sums = seen.squares.sum() + (0.0 if seen.moments is None else seen.moments.xx.sum())
+        if not bool(torch.isfinite(sums)):
+            raise NonFiniteError(f"{seen.name} meets NaN or infinity on the calibration batches")
+    return list(watched.values())
+
+
+def _unseen(name: str, layer: Layer) -> Seen:
+    groups, d = layer.groups, layer.unknowns
+    outputs = layer.weights().shape[2] * groups
+    moments = Moments.zeros(groups, d, 0) if d <= MOST_UNKNOWNS else None
+    return Seen(name, layer, moments, torch.zeros(outputs, dtype=torch.float64))
+
+
+def _observe_batch(
+    module: fx.GraphModule, watched: dict[str, Seen], batch: Inputs, generator: torch.Generator
+) -> None:
+    leaves = [_leaf(x) for x in batch]
+    # A copy, because the model may write into its input, which a leaf forbids.
+    values = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+    found = _Observer(module, watched).run(*values)
+    outputs = [
+        t
+        for t in torch.utils._pytree.tree_leaves(found)
+        if isinstance(t, torch.Tensor) and t.requires_grad
+    ]
+    if not outputs:
+        return
+    probes = [
+        torch.randn(t.shape, generator=generator).to(t) / t.detach().std().clamp_min(1e-12)
+        for t in outputs
+    ]
+    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+    torch.autograd.grad(outputs, wanted, probes, allow_unused=True)
+
+
+def _leaf(x: Any) -> Any:
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.detach().requires_grad_()
+    return x
+
+
+class _Observer(fx.Interpreter):
+    """Runs the original; notes what watched layers read, and later their gradients."""
+
+    def __init__(self, module: fx.GraphModule, watched: dict[str, Seen]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.watched = watched
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        result = super().run_node(n)
+        seen = self.watched.get(str(n.target)) if n.op == "call_module" else None
+        if seen is not None:
+            if seen.moments is not None:
+                for _, rows in seen.layer.rows(self.env[n.all_input_nodes[0]].detach()):
+                    seen.moments.add(rows, rows[..., :0])
+            if result.requires_grad:
+                result.register_hook(lambda gradient: _note(seen, gradient))
+        return result
+
+
+def _note(seen: Seen, gradient: torch.Tensor) -> None:
+    rows = seen.layer.targets(gradient.detach())
+    seen.squares += rows.square().sum(1).flatten().cpu()
+    seen.positions += rows.shape[1]

@@ -1,0 +1,205 @@
+"""The original and the slim model, run side by side on the same batches."""
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from fxprune.capture.traced import Ref, TracedModel
+from fxprune.coupling import analyze
+from fxprune.planning.check import kept_channels
+from fxprune.planning.plan import PruningPlan
+from fxprune.recovery.batches import Inputs
+from fxprune.recovery.layers import NORMS
+from fxprune.recovery.lockstep import Lockstep
+from fxprune.rewrite.shapes import SlimShapes
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_PASS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_FLAT = 1e-3  # share of the largest scale of a BatchNorm below which a channel is not corrected
+
+
+class Pair:
+    """Two models whose nodes share names; iterating runs both, node by node.
+
+    Attributes:
+        modules: module of every node of the slim model that calls one.
+        calls: how many nodes call a module, by its ``id``.
+    """
+
+    def __init__(
+        self, traced: TracedModel, plan: PruningPlan, slim: fx.GraphModule, batches: list[Inputs]
+    ) -> None:
+        deps = analyze(traced)
+        self._traced = traced
+        self._shapes = SlimShapes(deps, np.append(kept_channels(deps, plan), True))
+        self._now = Lockstep(slim, batches)
+        self._then = Lockstep(traced.graph_module, batches)
+        self._twins = {n.name: n for n in traced.graph_module.graph.nodes}
+        nodes = [n for n in slim.graph.nodes if n.op == "call_module"]
+        self.modules: dict[fx.Node, Any] = {n: slim.get_submodule(str(n.target)) for n in nodes}
+        self.calls = Counter(id(m) for m in self.modules.values())
+
+    def __len__(self) -> int:
+        return len(self._now)
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        """Nodes of the slim model that the original has too, once both have run them."""
+        for node in self._now:
+            if node.name in self._twins and node.op != "output":
+                self._then.advance(node.name)
+                yield node
+
+    def values(self, node: fx.Node) -> list[Any]:
+        """What a node of the slim model returned on every batch."""
+        return self._now.values[node]
+
+    def recompute(self, node: fx.Node) -> None:
+        """Run a node of the slim model again, because its weights have changed."""
+        self._now.compute(node)
+
+    def target(self, node: fx.Node) -> list[torch.Tensor]:
+        """What the original returned, at the positions that the slim model keeps."""
+        values = self._then.values[self._twins[node.name]]
+        ref: Ref = self._traced.results[node.name]
+        for axis in range(len(self._traced.values[ref.id].shape)):
+            kept = self._shapes.axis(ref.id, axis)
+            if not kept.all():
+                index = torch.from_numpy(np.flatnonzero(kept)).to(values[0].device)
+                values = [v.index_select(axis, index) for v in values]
+        return values
+
+    def aim(self, node: fx.Node) -> "Aim":
+        """What a layer has to reach: what the original gives where its effect is complete.
+
+        That is behind a BatchNorm, and behind an addition to another branch, whose drift nothing
+        else can make up for (He et al. 2017: target Y1 - Y1' + Y2, in front of a BatchNorm times
+        std / gamma). If a bounded activation follows, what it cuts off does not matter.
+        """
+        steps: list[Step] = []
+        target, at = self.target(node), node
+        shape, whole = target[0].shape, True
+        while len(at.users) == 1:
+            (user,) = at.users
+            module = self.modules.get(user)
+            if isinstance(module, NORMS) and module.running_mean is not None:
+                steps.append(module)
+                target = [module(t) for t in target]
+            elif (other := _other_summand(user, at)) is not None:
+                if self._computed(other) and self.values(other)[0].shape == shape:
+                    steps.append(self.values(other))
+                    target = [t + o for t, o in zip(target, self.target(other), strict=True)]
+                else:
+                    whole = False
+            elif not isinstance(module, _PASS):
+                bounds = _bounds(user, module) if whole else _UNBOUNDED
+                return Aim(target, tuple(steps), *bounds)
+            at = user
+        return Aim(target, tuple(steps), *_UNBOUNDED)
+
+    def _computed(self, node: fx.Node) -> bool:
+        """Whether both models have run this node, to one tensor."""
+        return (
+            node in self._now.values
+            and self._twins.get(node.name) in self._then.values
+            and isinstance(self._traced.results[node.name], Ref)
+        )
+
+
+Step = Any  # a BatchNorm, or per batch what is added
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aim:
+    """What a layer has to reach.
+
+    Attributes:
+        target: per batch, what the original gives behind ``steps``, at the kept positions.
+        steps: BatchNorms that follow, and what is added, per batch.
+        low: what lies below makes no difference.
+        high: what lies above makes no difference.
+    """
+
+    target: list[torch.Tensor]
+    steps: tuple[Step, ...]
+    low: float
+    high: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some differences make none."""
+        return (self.low, self.high) != _UNBOUNDED
+
+    def missing(self, values: list[torch.Tensor], *, bounded: bool) -> list[torch.Tensor]:
+        """What a layer that gives ``values`` should give in addition, per batch.
+
+        Args:
+            values: what it gives.
+            bounded: leave out what makes no difference.
+        """
+        scale = self._scale()
+        found = []
+        for k, (value, target) in enumerate(zip(values, self.target, strict=True)):
+            now = value
+            for step in self.steps:
+                now = now + step[k] if isinstance(step, list) else step(now)
+            if bounded:
+                target = torch.where(target <= self.low, now.clamp_max(self.low), target)
+                target = torch.where(target >= self.high, now.clamp_min(self.high), target)
+            found.append(_in_front(_difference(target, now), scale))
+        return found
+
+    def _scale(self) -> torch.Tensor | None:
+        """What the BatchNorms multiply every channel by, float64."""
+        scales = [_scale(s) for s in self.steps if not isinstance(s, list)]
+        return torch.stack(scales).prod(0) if scales else None
+
+
+_UNBOUNDED = (-math.inf, math.inf)
+_RELUS = {functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+
+
+def _bounds(node: fx.Node, module: Any) -> tuple[float, float]:
+    """The range outside of which what an activation reads makes no difference."""
+    if type(module) is nn.ReLU or (node.op != "call_module" and node.target in _RELUS):
+        return 0.0, math.inf
+    if type(module) in (nn.ReLU6, nn.Hardtanh):
+        return float(module.min_val), float(module.max_val)
+    return (0.0, 6.0) if node.target is functional.relu6 else _UNBOUNDED
+
+
+def _other_summand(node: fx.Node, summand: fx.Node) -> fx.Node | None:
+    """The other operand of a plain addition, if it is a node."""
+    if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    other = first if second is summand else second
+    return other if isinstance(other, fx.Node) and other is not summand else None
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dtype.itemsize < 4:  # two bfloat16 values have few digits in common
+        a, b = a.float(), b.float()
+    return a - b
+
+
+def _scale(norm: Any) -> torch.Tensor:
+    """What a BatchNorm in evaluation mode multiplies every channel by, float64."""
+    std: torch.Tensor = (norm.running_var.double() + norm.eps).sqrt()
+    return 1 / std if norm.weight is None else norm.weight.detach().double() / std
+
+
+def _in_front(difference: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """A difference behind a BatchNorm as one before it; 0 in channels where it would explode."""
+    if scale is None:
+        return difference
+    flat = scale.abs() <= _FLAT * scale.abs().max()
+    factor = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, scale))
+    return difference * factor.to(difference).view(1, -1, *[1] * (difference.dim() - 2))

@@ -1,0 +1,284 @@
+"""Least-squares reconstruction: the kept weights make up for the removed ones.
+
+Every layer behind a removed channel is fitted anew: from what it reads in the slim model, whose
+earlier layers are fitted already, to what the original layer gives. Source: He, Zhang and Sun,
+Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, arXiv:1707.06168.
+"""
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import fx
+from tqdm import tqdm
+
+from fxprune.capture.symbolic import build_graph_module
+from fxprune.capture.traced import TracedModel
+from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.planning.plan import PruningPlan
+from fxprune.recovery.batches import collect
+from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer
+from fxprune.recovery.moments import Moments
+from fxprune.recovery.pair import Aim, Pair
+from fxprune.recovery.solve import ridge_solution, strength_by_folds
+from fxprune.verify.guard import undisturbed
+
+_BOUNDED_STEPS = 4
+_ROUNDING = 1e-12  # share of an output's squares that rounding explains
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFit:
+    """One fitted layer.
+
+    Attributes:
+        layer: qualified name.
+        before: error as a share of the target's variance, with the weights the plan left.
+        after: the same with the fitted weights, on the same samples.
+        samples: rows of the least squares.
+        unknowns: weights per output channel.
+        ridge: strength of the ridge, as a share of the mean diagonal.
+        note: what a reader should know, or ``""``.
+    """
+
+    layer: str
+    before: float
+    after: float
+    samples: int
+    unknowns: int
+    ridge: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """What a reconstruction did.
+
+    Attributes:
+        fits: every fitted layer, in the order of the graph.
+        skipped: layers that drift and were not fitted, with the reason.
+    """
+
+    fits: tuple[LayerFit, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def report(self) -> str:
+        """A table of errors before and after, and what was left as it is."""
+        rows = [
+            (f.layer, f"{f.before:.4f}", f"{f.after:.4f}", f.samples, f.unknowns, f.ridge, f.note)
+            for f in self.fits
+        ]
+        names = ("layer", "error before", "after", "samples", "unknowns", "ridge", "note")
+        lines = ["reconstructed (error as a share of the target's variance):"]
+        lines.append(tabulate(rows, headers=names, disable_numparse=True))
+        lines += [f"not reconstructed: {name}: {why}" for name, why in self.skipped]
+        return "\n".join(lines)
+
+
+@torch.inference_mode(mode=False)
+def reconstruct_model(
+    traced: TracedModel,
+    plan: PruningPlan,
+    slim: fx.GraphModule,
+    batches: Any,
+    ridge: float | None = None,
+) -> tuple[fx.GraphModule, Reconstruction]:
+    """Fit the kept weights of a slim model to what the original computes, without labels.
+
+    Neither the original nor the slim model that is given is changed.
+
+    Args:
+        traced: the captured original.
+        plan: the plan that was followed.
+        slim: what ``rewrite`` made of it.
+        batches: calibration inputs, see ``collect``.
+        ridge: what holds weights to those of the plan, as a share of the mean square of what a
+            layer reads; by default chosen per layer by cross-validation.
+
+    Returns:
+        A copy of the slim model with fitted weights, and what was done.
+
+    Raises:
+        ArgumentError: the batches do not fit the model, or ``ridge`` is negative.
+        ExampleInputError: the model does not run on them.
+        NonFiniteError: a batch or an activation holds NaN or infinity.
+        FingerprintError: the plan was made for another model.
+    """
+    if ridge is not None and not 0 <= ridge < math.inf:
+        raise ArgumentError(f"ridge={ridge!r} has to be 0 or more, or None to choose it per layer")
+    inputs = collect(batches, traced.graph_module, traced.args)
+    fitted = duplicate(slim)
+    with undisturbed(traced.graph_module, fitted):
+        found = _Fitter(Pair(traced, plan, fitted, inputs), ridge).run()
+    return fitted, found
+
+
+def duplicate(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph module with tensors of its own and the same ``state_dict`` names."""
+    root = copy.deepcopy(model)
+    copied = build_graph_module(root, root.graph, type(model).__name__, set(model.state_dict()))
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        module.training = modes[name]
+    return copied
+
+
+class _Fitter:
+    """Fits layer after layer in the order of the graph."""
+
+    def __init__(self, pair: Pair, strength: float | None) -> None:
+        self.pair = pair
+        self.strength = strength
+        modules = {id(m): m for m in pair.modules.values()}.values()
+        self.owners = Counter(id(p) for m in modules for p in m.parameters())
+        self.settled: set[fx.Node] = set()  # BatchNorms that hold the intercept of a fitted layer
+        self.fits: list[LayerFit] = []
+        self.skipped: list[tuple[str, str]] = []
+
+    def run(self) -> Reconstruction:
+        steps = tqdm(self.pair, total=len(self.pair), desc="reconstruct", unit="node", leave=False)
+        for node in steps:
+            if isinstance(self.pair.modules.get(node), FITTED) and node not in self.settled:
+                self._visit(node, Layer(self.pair.modules[node]))
+        return Reconstruction(tuple(self.fits), tuple(self.skipped))
+
+    def _visit(self, node: fx.Node, layer: Layer) -> None:
+        """Fit a layer if anything is missing from what it returns."""
+        aim = self.pair.aim(node)
+        missing = aim.missing(self.pair.values(node), bounded=aim.bounded)
+        spread, error = _spread(layer, self.pair.target(node)), _energy(missing)
+        if not math.isfinite(error + spread):
+            raise NonFiniteError(f"{node.name} returns NaN or infinity on the calibration batches")
+        if error <= _ROUNDING * spread:
+            return
+        if why := self._unfit(layer):
+            self.skipped.append((str(node.target), why))
+            return
+        samples, strength = self._fit(node, layer, aim)
+        left = _energy(aim.missing(self.pair.values(node), bounded=aim.bounded))
+        short = f"too few samples: at least {layer.unknowns + 1} are needed; held by the ridge"
+        note = short if samples <= layer.unknowns else ""
+        shares = error / spread, left / spread
+        name = str(node.target)
+        self.fits.append(LayerFit(name, *shares, samples, layer.unknowns, strength, note))
+
+    def _unfit(self, layer: Layer) -> str:
+        """Why a layer cannot be fitted, or ``""``."""
+        module = layer.module
+        if module.weight is None:
+            return "it has no scales"
+        if isinstance(module, NORMS) and module.running_mean is None:
+            return "it normalises by the statistics of the batch"
+        if self.pair.calls[id(module)] > 1 or self.owners[id(module.weight)] > 1:
+            return "its weights are used more than once"
+        if layer.unknowns > MOST_UNKNOWNS:
+            return f"{layer.unknowns:,} unknowns per output; at most {MOST_UNKNOWNS:,} are fitted"
+        return ""
+
+    def _fit(self, node: fx.Node, layer: Layer, aim: Aim) -> tuple[int, float]:
+        """Least squares, and if an activation cuts differences off, again without them.
+
+        A step minimises a quadratic that bounds the error behind the activation from above and
+        touches it at the present weights; between steps runs Nesterov's extrapolation.
+        """
+        intercept = self._intercept(node)
+        missing = aim.missing(self.pair.values(node), bounded=False)
+        folds = self._moments(node, layer, missing)
+        whole = folds[0] + folds[1]
+        if intercept is not None:
+            folds = [fold.centred() for fold in folds]
+        strength = strength_by_folds(folds) if self.strength is None else self.strength
+        change, shift = _solution(whole, strength, intercept is not None)
+        self._apply(node, layer, intercept, change, shift)
+        lead: tuple[torch.Tensor, torch.Tensor] = (
+            torch.zeros_like(change),
+            torch.zeros_like(shift),
+        )
+        steps = _BOUNDED_STEPS if aim.bounded else 0
+        for k in range(steps):
+            missing = aim.missing(self.pair.values(node), bounded=True)
+            again = self._moments(node, layer, missing, square=False)
+            moments = replace(again[0] + again[1], xx=whole.xx)
+            change, shift = _solution(moments, strength, intercept is not None)
+            rate = k / (k + 3) if k + 1 < steps else 0.0
+            moved = change + lead[0], shift + lead[1]
+            lead = rate * moved[0], rate * moved[1]
+            self._apply(node, layer, intercept, change + lead[0], shift + lead[1])
+        return whole.n, strength
+
+    def _apply(
+        self,
+        node: fx.Node,
+        layer: Layer,
+        intercept: tuple[torch.Tensor, float] | None,
+        change: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> None:
+        layer.add_to_weights(change)
+        if intercept is not None:
+            _add(*intercept, shift.flatten())
+        self.pair.recompute(node)
+
+    def _moments(
+        self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], *, square: bool = True
+    ) -> list[Moments]:
+        """Second moments of two halves of the samples."""
+        outputs = layer.weights().shape[2]
+        folds = [Moments.zeros(layer.groups, layer.unknowns, outputs) for _ in range(2)]
+        count = 0
+        for x, r in zip(self.pair.values(node.all_input_nodes[0]), missing, strict=True):
+            for part, rows in layer.rows(x):
+                folds[count % 2].add(rows, layer.targets(r[part]), square=square)
+                count += 1
+        return folds
+
+    def _intercept(self, node: fx.Node) -> tuple[torch.Tensor, float] | None:
+        """What can hold a constant added to what a layer returns, and with which sign."""
+        module = self.pair.modules[node]
+        norm = self._norm_behind(node)
+        if module.bias is not None and self.owners[id(module.bias)] == 1:
+            return module.bias, 1.0
+        return None if norm is None else (norm.running_mean, -1.0)
+
+    def _norm_behind(self, node: fx.Node) -> Any:
+        """The BatchNorm that alone reads a layer; nothing is left to it once that is fitted."""
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        norm: Any = self.pair.modules.get(user) if user is not None else None
+        if not isinstance(norm, NORMS) or norm.running_mean is None:
+            return None
+        if user is None or self.pair.calls[id(norm)] > 1:
+            return None
+        self.settled.add(user)
+        return norm
+
+
+def _solution(
+    whole: Moments, strength: float, intercept: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Change of the weights ``[g, d, m]`` and of the intercept ``[g, m]``, which may be absent."""
+    if not intercept:
+        return ridge_solution(whole, strength), torch.zeros_like(whole.r)
+    change = ridge_solution(whole.centred(), strength)
+    return change, (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
+
+
+def _add(tensor: torch.Tensor, sign: float, shift: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor += (sign * shift).to(tensor)
+
+
+def _energy(tensors: list[torch.Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in tensors)
+
+
+def _spread(layer: Layer, targets: list[torch.Tensor]) -> float:
+    """Sum of squares of the targets about their means."""
+    outputs = [layer.targets(t) for t in targets]
+    n = sum(t.shape[1] for t in outputs)
+    squares = sum(float(t.square().sum()) for t in outputs)
+    means = torch.stack([t.sum(1) for t in outputs]).sum(0) / n
+    return max(squares - n * float(means.square().sum()), 1e-300)
