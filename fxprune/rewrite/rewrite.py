@@ -219,12 +219,18 @@ class _GraphRewriter:
         }
 
     def _slim_result(self, old: fx.Node, result: Any) -> Any:
-        """What a node gives in the slim model: shapes for tensors, evaluated numbers."""
+        """What a node gives in the slim model: shapes for tensors, evaluated numbers.
+
+        A number that is read from data (``item()``) is not a size, and stays.
+        """
         if not _refs(result) and old.op in ("call_function", "call_method") and _numeric(result):
             args, kwargs = self._in_slim(old.args), self._in_slim(old.kwargs)
-            if old.op == "call_method":
-                return getattr(args[0], str(old.target))(*args[1:], **kwargs)
-            return old.target(*args, **kwargs)  # type: ignore[operator]
+            try:
+                if old.op == "call_method":
+                    return getattr(args[0], str(old.target))(*args[1:], **kwargs)
+                return old.target(*args, **kwargs)  # type: ignore[operator]
+            except RuntimeError:
+                return result
 
         def shaped(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
