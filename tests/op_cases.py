@@ -206,6 +206,7 @@ _SUMMED = {
     "aten::mv": ("self", 1),
     "aten::addmv": ("mat", 1),
     "aten::dot": ("self", 0),
+    "aten::vdot": ("self", 0),
 }
 
 

@@ -123,6 +123,7 @@ def _products() -> list[Sample]:
         S(aten.addmv.default, "bias", "a0 b0 b1 c0", P(5), P(5, 7), X(7)),
         S(aten.dot.default, "weight", "a0 b0", X(7), P(7)),
         S(aten.dot.default, "two activations", "a0 b0", X(7), X(7)),
+        S(aten.vdot.default, "two parameters", "a0 b0", P(7), P(7)),
     ]
 
 

@@ -156,9 +156,24 @@ def _base_name(axes: tuple[ParameterAxis, ...]) -> str:
 
 
 def _approximate(ledger: Ledger, solution: Solution) -> dict[int, list[str]]:
+    """Nodes where removing a class changes a statistic, per class."""
     found: dict[int, list[str]] = {}
     for read in ledger.reads:
         if not read.exact:
             for c in np.unique(solution.class_of[read.labels]).tolist():
                 found.setdefault(c, []).append(read.node)
+    if ledger.folded:
+        among_weights = {folded.record for folded in ledger.folded}
+        products = [c for c in ledger.contractions if c.record not in among_weights]
+        carried = np.unique(
+            np.concatenate(
+                [
+                    np.empty(0, dtype=np.int64),
+                    *(solution.class_of[f].ravel() for c in products for f in c.factors),
+                ]
+            )
+        )
+        for folded in ledger.folded:
+            for c in np.intersect1d(solution.class_of[folded.labels], carried).tolist():
+                found.setdefault(c, []).append(folded.node)
     return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from fxprune.ops.call import UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
-from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Role
+from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Folded, Role
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 NETWORK_INPUT = (
@@ -42,11 +42,19 @@ def ein(**axes: str) -> Rule:
         tracked = {c: labels for c, labels in met.items() if labels is not None}
         _note_reads(call, [p for p in places if p.letter in summed], tracked)
         scale = math.prod(size for c, size in sizes.items() if c not in tracked)
+        scale *= call.op not in _VECTORS
         factors = tuple(tracked[c] for c in sorted(tracked))
         call.ledger.contractions.append(Contraction(call.index, scale, factors))
+        if all(p.operand.weight for p in places):
+            found = [tracked[c] for c in sorted(summed & tracked.keys())]
+            call.ledger.folded.extend(Folded(call.index, call.node, labels) for labels in found)
         return (tuple(Factor((k,), tracked[c]) for k, c in enumerate(out) if c in tracked),)
 
     return rule
+
+
+# Products with a vector: PyTorch's counter of operations, whose count is ours, leaves them out.
+_VECTORS = frozenset({"aten::mv", "aten::addmv", "aten::dot", "aten::vdot"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,4 +249,5 @@ RULES: dict[str, Rule] = {
     "aten::mv": ein(self="nk", vec="k", out="n"),
     "aten::addmv": ein(self="n", mat="nk", vec="k", out="n"),
     "aten::dot": ein(self="k", tensor="k", out=""),
+    "aten::vdot": ein(self="k", other="k", out=""),
 }

@@ -48,6 +48,19 @@ class Contraction:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """A product of weights alone that sums over these labels.
+
+    If they are channels of activations too, removing them changes what the weights give (the norm
+    of spectral normalisation), although nothing reads the channels here.
+    """
+
+    record: int
+    node: str
+    labels: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
     """Rows of labels that must all lose equally many positions."""
 
@@ -119,6 +132,7 @@ class Ledger:
     buffers: frozenset[str] = frozenset()
     grouped: dict[str, int] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
+    folded: list[Folded] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
     taken_apart: set[tuple[int, int]] = field(default_factory=set)  # value and axis
     boxes: list[Box] = field(default_factory=list)

@@ -32,6 +32,7 @@ PRODUCTS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "aten::mv": (("self", -1), ("vec", -1)),
     "aten::addmv": (("mat", -1), ("vec", -1)),
     "aten::dot": (("self", -1), ("tensor", -1)),
+    "aten::vdot": (("self", -1), ("other", -1)),
     "aten::linear": (("input", -1), ("weight", -1)),
 }
 _CONVOLUTIONS = ("aten::convolution", "aten::_convolution")

@@ -156,6 +156,43 @@ class EncoderLayer(Stream):
         return self.layer(x)
 
 
+class CrossAttention(nn.Module):
+    """Queries of one width, keys and values of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.memory = nn.Linear(FEATURES, WIDTH), nn.Linear(FEATURES, 20)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, kdim=20, vdim=20, batch_first=True)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = self.memory(x)
+        return self.head(self.attention(self.stem(x), memory, memory)[0].mean(1))
+
+
+class Mixer(Stream):
+    """Layers over tokens, between two transposes, and layers over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(5, 9), nn.Linear(9, 5)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x).transpose(1, 2)))).transpose(1, 2)
+
+
+class SpectralNorm(nn.Module):
+    """A convolution divided by the norm of its weight: inputs change it, although it is a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 9, 3, padding=1), nn.Linear(11, 5)
+        self.mid = nn.utils.parametrizations.spectral_norm(nn.Conv2d(9, 11, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mid(self.stem(x).relu()).relu().mean((2, 3)))
+
+
 class GatedFeedForward(Stream):
     """SwiGLU from one projection that is cut in half."""
 
@@ -220,6 +257,9 @@ CASES = {
     ),
     "biased_attention": _case(BiasedAttention, WIDTH + HEADS, either=("qkv", "proj")),
     "encoder_layer": _case(EncoderLayer, WIDTH + HEADS + 20, exact=False),
+    "cross_attention": _case(CrossAttention, None, exact=False, either=("memory",)),
+    "mixer": _case(Mixer, WIDTH + 9, exact=False, either=("down",)),
+    "spectral_norm": Case(SpectralNorm, 9 + 11, exact=False, either=("mid",)),
     "gated_feed_forward": _case(GatedFeedForward, WIDTH + 20),
     "selected_kernels": Case(SelectedKernels, 12 + 7),
     "lstm": _case(lambda: Recurrent(nn.LSTM), 9 + 6, readers=_reads(1, 1)),
