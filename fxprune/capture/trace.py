@@ -318,7 +318,7 @@ def _check_is_python(model: nn.Module) -> None:
             f"the model is a TorchScript module ({name}), which has no Python code to follow; give "
             "the module that it was made from"
         )
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if name == "OptimizedModule" and hasattr(model, "_orig_mod"):  # importing its class is slow
         raise CaptureError(
             f"the model is compiled ({name}); give the module that was compiled (model._orig_mod), "
             "and compile the slim one"
