@@ -245,7 +245,7 @@ class Restores(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
         y = self.stem(x).flatten(1, 2).view(x.shape[0], -1, 4, 3).transpose(1, 2)
-        return self.head(y.transpose(1, 2).reshape(shape + (12,)))
+        return self.head(y.transpose(1, 2).reshape(shape + (12,)))  # noqa: RUF005
 
 
 def test_a_shape_that_is_one_node_keeps_its_free_sizes():
