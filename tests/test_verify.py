@@ -441,6 +441,49 @@ def test_a_run_unlike_the_captured_one_is_refused(step: Step) -> None:
         run_masked(traced, {"a": (step,)}, traced.args, double=True)
 
 
+class Amplifies(nn.Module):
+    """A chaotic map behind a wide layer: rounding of the layer grows to 1e-9 and more."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.stem, self.head, self.steps = nn.Linear(6, 600), nn.Linear(600, 4), steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(self.stem(x).tanh()).sigmoid()
+        for _ in range(self.steps):
+            y = 3.9 * y * (1 - y)
+        return y
+
+
+def amplified(steps: int) -> tuple[fp.TracedModel, fp.PruningPlan, nn.Module]:
+    model = randomize(Amplifies(steps).double()).eval()
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    traced = fp.trace(model, x)
+    deps = fp.analyze(traced)
+    plan = fp.plan(deps, fp.Random()(deps), ratios=0.5)
+    return traced, plan, fp.rewrite(traced, plan)
+
+
+def test_rounding_that_the_model_itself_amplifies_is_no_mistake() -> None:
+    traced, plan, slim = amplified(24)
+    verdict = fp.verify(traced, slim, plan)
+    assert verdict.ok
+    assert verdict.relative_error > verdict.tolerance
+    assert "amplifies rounding" in str(verdict)
+
+
+def test_a_mistake_in_a_model_that_amplifies_rounding_is_still_seen() -> None:
+    traced, plan, slim = amplified(24)
+    with torch.no_grad():
+        slim.stem.weight[0] = slim.stem.weight[1]
+    assert not fp.verify(traced, slim, plan).ok
+
+
+def test_a_tolerance_of_the_callers_is_taken_as_it_is() -> None:
+    traced, plan, slim = amplified(24)
+    assert not fp.verify(traced, slim, plan, tolerance=1e-12).ok
+
+
 def test_verdicts_are_values() -> None:
     verdict = fp.verify(*pruned(randomize(Chain()).eval(), image()))
     with pytest.raises(dataclasses.FrozenInstanceError):
