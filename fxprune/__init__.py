@@ -9,7 +9,7 @@
 True
 """
 
-from fxprune.api import PruneResult, prune, reconstruct
+from fxprune.api import ChannelPruning, PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
@@ -44,6 +44,7 @@ from fxprune.recovery import (
     HierarchicalSparsity,
     ReconstructionError,
     ScaleSparsity,
+    VGGRatios,
     finetune,
     recalibrate,
     reinitialized,
@@ -63,6 +64,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "CaptureError",
+    "ChannelPruning",
     "DependencyGraph",
     "DependencySparsity",
     "Distillation",
@@ -86,6 +88,7 @@ __all__ = [
     "RewriteError",
     "ScaleSparsity",
     "TracedModel",
+    "VGGRatios",
     "Verdict",
     "VerificationError",
     "analyze",

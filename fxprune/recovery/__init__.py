@@ -10,6 +10,7 @@ from fxprune.recovery.lasso import LASSO
 from fxprune.recovery.recalibrate import recalibrate
 from fxprune.recovery.reconstruct import LayerFit, Reconstruction, reconstruct_model
 from fxprune.recovery.regularize import HierarchicalSparsity, ScaleSparsity
+from fxprune.recovery.vgg_ratios import VGGRatios
 
 __all__ = [
     "HGSR",
@@ -26,6 +27,7 @@ __all__ = [
     "Reconstruction",
     "ReconstructionError",
     "ScaleSparsity",
+    "VGGRatios",
     "finetune",
     "recalibrate",
     "reconstruct_model",

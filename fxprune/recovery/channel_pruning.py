@@ -44,13 +44,14 @@ class Guards:
     round_to: int = 1
 
     def plan(
-        self, deps: DependencyGraph, scores: torch.Tensor, ratios: Mapping[int, float]
+        self, deps: DependencyGraph, scores: torch.Tensor, shares: Mapping[int, float]
     ) -> PruningPlan:
-        """The plan for these ratios, exactly."""
+        """The plan that keeps these shares of its channels per group, exactly."""
+        ratios: dict[str | int, Share] = {k: float(s) for k, s in shares.items()}
         return plan(
             deps,
             scores,
-            ratios=dict(ratios),
+            ratios=ratios,
             ignore=self.ignore,
             round_to=self.round_to,
             max_ratio=1.0,
@@ -95,7 +96,7 @@ def prune_channels(
         selector = _Selector(deps, fitted, inputs, shares, guards)
         done = Fitter(selector.pair, ridge, selector.prepare).run()
     chosen = guards.plan(deps, torch.from_numpy(selector.scores), selector.shares)
-    slim = rewrite(replace(traced, graph_module=fitted, derived={}), chosen)
+    slim = rewrite(replace(traced, graph_module=fitted), chosen)  # couplings are the same
     why = selector.unseen
     noted = tuple(replace(g, note=g.note or why.get(g.name, "")) for g in chosen.groups)
     skipped = (*done.skipped, *((n, f"its channels stay: {w}") for n, w in sorted(why.items())))
@@ -183,7 +184,9 @@ class _Selector:
             group = self.deps.groups[k]
             gram, products, samples = contributions(self.deps, group.channels, seen)
             if not np.isfinite(gram).all() or not np.isfinite(products).all():
-                raise NonFiniteError(f"what reads {group.name} meets NaN or infinity on the batches")
+                raise NonFiniteError(
+                    f"what reads {group.name} meets NaN or infinity on the batches"
+                )
             count = max(int(self.shares.get(k, 1.0) * group.width + 1e-9), 1)
             self.scores[group.channels] = lasso_scores(gram, samples, count, products)
         scores = torch.from_numpy(self.scores)
