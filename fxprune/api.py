@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -188,6 +188,10 @@ class ChannelPruning:
         ignore: layers whose shape must not change, as in ``prune``.
         round_to: widths of groups become multiples of this.
         ridge: as in ``reconstruct``.
+        sampler: convolutions that shall read a part of their input only, while the stream keeps its
+            width for others, such as the first one of a residual branch: shares by name or glob. A
+            LASSO picks the channels, an ``index_select`` in the graph reads them. The plan does not
+            hold samplers.
         frontend: see ``trace``.
     """
 
@@ -196,6 +200,7 @@ class ChannelPruning:
     ignore: Iterable[str] = ()
     round_to: int = 1
     ridge: float | None = None
+    sampler: Mapping[str, Share] = field(default_factory=dict)
     frontend: str = "auto"
 
     def __call__(self, model: nn.Module, example_inputs: Any) -> PruneResult:
@@ -215,7 +220,9 @@ class ChannelPruning:
         traced = trace(model, example_inputs, self.frontend)
         _check_graph(traced)
         guards = Guards(self.ignore, self.round_to)
-        chosen, slim, done = prune_channels(traced, batches, self.ratios, guards, self.ridge)
+        chosen, slim, done = prune_channels(
+            traced, batches, self.ratios, guards, self.ridge, self.sampler
+        )
         verdict = _verified(traced, rewrite(traced, chosen), chosen)
         return PruneResult(slim, chosen, verdict, analyze(traced), traced, done)
 

@@ -1,16 +1,20 @@
 """He, Zhang and Sun's method beside a slow one of its own: selection, least squares, whole nets."""
 
+import copy
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fxprune as fp
 from fxprune.recovery.channel_pruning import prune_channels
 from fxprune.recovery.lasso import lasso_scores
+from fxprune.recovery.sampler import insert_samplers
 from tests.zoo.models import ZOO, build
 from tests.zoo.randomize import randomize
 
@@ -266,6 +270,98 @@ def test_values_that_are_not_finite_are_refused() -> None:
     model[3].weight[0, 0] = torch.inf
     with pytest.raises(fp.NonFiniteError):
         fp.ChannelPruning(x)(model, x[:2])
+
+
+CONVOLUTIONS = {
+    "1d": (lambda: nn.Conv1d(7, 4, 3, padding=1), (2, 7, 9)),
+    "2d": (lambda: nn.Conv2d(7, 4, (3, 2), 2, 1, bias=False), (2, 7, 8, 9)),
+    "3d": (lambda: nn.Conv3d(7, 4, 2, dilation=2), (2, 7, 4, 5, 6)),
+    "no batch": (lambda: nn.Conv2d(7, 4, 1), (7, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_sampled_convolution_is_the_one_whose_other_columns_are_zero(name: str) -> None:
+    layer, shape = CONVOLUTIONS[name]
+    model = nn.Sequential(layer().to(D)).requires_grad_(False)
+    x, read = torch.randn(shape, dtype=D), [5, 0, 3]
+    sampled = insert_samplers(fx.symbolic_trace(copy.deepcopy(model)), {"0": read})
+    for c in set(range(7)) - set(read):
+        model[0].weight[:, c] = 0
+    torch.testing.assert_close(sampled(x), model(x), rtol=1e-13, atol=1e-13)
+    assert sampled.get_submodule("0").weight.shape[1] == 3
+    model[0].weight[:, read[0]] = 0
+    assert not torch.allclose(sampled(x), model(x))
+
+
+def test_samplers_serve_branches_while_the_stream_keeps_its_width(tmp_path: Path) -> None:
+    model, x = make("residual")
+    inner = {"1.conv1": 0.6, "2.conv1": 0.6}
+    branches = fp.ChannelPruning(x, inner, sampler={"*.conv1": 0.5})
+    result = branches(model, x[:2])
+    plain = fp.ChannelPruning(x, inner)(model, x[:2])
+    assert result.verdict.ok
+    for block in ("1", "2"):
+        assert result.model.get_submodule(f"{block}.conv1").weight.shape[:2] == (4, 4)
+        assert result.model.get_submodule(f"{block}.conv2").weight.shape[:2] == (9, 4)
+    macs = [fp.analyze(fp.trace(r.model, x[:2])).macs.total() for r in (result, plain)]
+    assert macs[0] < macs[1]
+    assert relative_error(plain.model, model, x) < relative_error(result.model, model, x) < 1
+    fp.save(result.model, tmp_path / "slim")
+    assert torch.equal(fp.load(tmp_path / "slim")(x), result.model(x))
+    result.model.train().requires_grad_()(x).sum().backward()
+    assert all(p.grad is not None for p in result.model.parameters())
+
+
+def test_a_sampler_picks_by_lasso_and_fits_what_is_left() -> None:
+    conv = nn.Conv2d(6, 5, 3, padding=1)
+    model = nn.Sequential(conv).to(D).requires_grad_(False)
+    x = torch.randn(20, 6, 6, 6, dtype=D)
+    result = fp.ChannelPruning(x, sampler={"0": 0.5}, ridge=0.0)(model, x[:2])
+    kept = slow_choice(conv, x, conv(x), 3)
+    assert result.model.get_buffer("0_channels").tolist() == kept
+    expected = slow_fit(conv, x[:, kept], conv(x))(x[:, kept])
+    torch.testing.assert_close(result.model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_stream_can_be_pruned_and_sampled() -> None:
+    model, x = make("residual")
+    result = fp.ChannelPruning(x, 0.7, sampler={"1.conv1": 0.5})(model, x[:2])
+    stream = result.deps.group("0")
+    assert len(result.plan.groups[result.deps.groups.index(stream)].kept) == 6
+    assert result.model.get_submodule("1.conv1").weight.shape[1] == 3
+    assert result.model.get_submodule("2.conv1").weight.shape[1] == 6
+    assert relative_error(result.model, model, x) < 1
+
+
+def test_a_sampler_in_front_of_what_it_cannot_serve_is_refused() -> None:
+    model, x = make("grouped")
+    for name in ("2", "nothing", "1"):
+        with pytest.raises(fp.ArgumentError, match=f"sampler='{name}'"):
+            fp.ChannelPruning(x, sampler={name: 0.5})(model, x[:2])
+
+
+def test_a_folded_batch_norm_gives_the_same_net_and_the_same_fit() -> None:
+    """Targets in front of a BatchNorm, times std / gamma, are those of the merged convolution."""
+    model, x = make("chain")
+    merged = nn.Sequential(
+        *[m for k in (0, 3, 6) for m in (fuse_conv_bn_eval(model[k], model[k + 1]), nn.ReLU())],
+        *model[9:],
+    ).requires_grad_(False)
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-10, atol=1e-10)
+    chosen = {"width 8": [0, 3, 4, 6], "width 10": [1, 2, 5, 7, 9], "width 6": [0, 2, 5]}
+
+    def scores(deps: fp.DependencyGraph) -> Tensor:
+        found = torch.zeros(deps.n_channels)
+        for group in deps.groups:
+            found[torch.from_numpy(group.channels[chosen[f"width {group.width}"]])] = 1
+        return found
+
+    fitted = []
+    for net in (model, merged):
+        cut = fp.prune(net, x[:2], ratios=0.5, importance=scores)
+        fitted.append(fp.reconstruct(cut, x, ridge=0.0).model(x))
+    torch.testing.assert_close(*fitted, rtol=1e-6, atol=1e-7)
 
 
 def vgg(*widths: int) -> nn.Sequential:

@@ -25,10 +25,11 @@ from fxprune.recovery.batches import Inputs, collect
 from fxprune.recovery.criterion import readers_of
 from fxprune.recovery.elimination import BoolArray
 from fxprune.recovery.evidence import Seen
-from fxprune.recovery.lasso import contributions, lasso_scores
+from fxprune.recovery.lasso import contributions, lasso_scores, per_channel
 from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer
 from fxprune.recovery.pair import Pair
 from fxprune.recovery.reconstruct import Fitter, Reconstruction, check_ridge, duplicate, halves
+from fxprune.recovery.sampler import insert_samplers, sampler_shares, slim_positions
 from fxprune.rewrite import rewrite
 from fxprune.verify.guard import undisturbed
 
@@ -66,6 +67,7 @@ def prune_channels(
     ratios: Ratios | Callable[[DependencyGraph], Ratios],
     guards: Guards | None = None,
     ridge: float | None = None,
+    sampler: Mapping[str, Share] | None = None,
 ) -> tuple[PruningPlan, fx.GraphModule, Reconstruction]:
     """Select by LASSO and fit by least squares, layer by layer in the order of the graph.
 
@@ -75,6 +77,7 @@ def prune_channels(
         ratios: share of its channels that every group keeps, or a function that gives it.
         guards: what the plan has to respect.
         ridge: as in ``reconstruct_model``.
+        sampler: share of what it reads that a convolution goes on to read, by name or glob.
 
     Returns:
         The plan, the slim model with fitted weights, and what was fitted.
@@ -90,13 +93,15 @@ def prune_channels(
     deps = analyze(traced)
     shares = group_shares(deps, ratios(deps) if callable(ratios) else ratios)
     guards.plan(deps, torch.zeros(deps.n_channels), shares)  # refuses guards before all the work
+    sampled = sampler_shares(traced.graph_module, sampler or {})
     inputs = collect(batches, traced.graph_module, traced.args)
     fitted = duplicate(traced.graph_module)
     with undisturbed(traced.graph_module, fitted):
-        selector = _Selector(deps, fitted, inputs, shares, guards)
+        selector = _Selector(deps, fitted, inputs, shares, guards, sampled)
         done = Fitter(selector.pair, ridge, selector.prepare).run()
     chosen = guards.plan(deps, torch.from_numpy(selector.scores), selector.shares)
     slim = rewrite(replace(traced, graph_module=fitted), chosen)  # couplings are the same
+    insert_samplers(slim, slim_positions(chosen, selector.read))
     why = selector.unseen
     noted = tuple(replace(g, note=g.note or why.get(g.name, "")) for g in chosen.groups)
     skipped = (*done.skipped, *((n, f"its channels stay: {w}") for n, w in sorted(why.items())))
@@ -113,9 +118,11 @@ class _Selector:
         inputs: calibration inputs.
         shares: share to keep per group that can be decided.
         guards: what the plan has to respect.
+        sampled: share of their inputs that some layers go on to read, by name.
         pair: the original and ``fitted``, side by side.
         scores: [n_channels], of the groups decided so far.
         unseen: why a group with a share is kept, by name.
+        read: input channels that the sampled layers go on to read, by name.
     """
 
     deps: DependencyGraph
@@ -123,9 +130,11 @@ class _Selector:
     inputs: list[Inputs]
     shares: dict[int, float]
     guards: Guards
+    sampled: dict[str, float]
     pair: Pair = field(init=False)
     scores: "np.ndarray[Any, np.dtype[np.float64]]" = field(init=False)
     unseen: dict[str, str] = field(init=False, default_factory=dict)
+    read: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pair = self._side_by_side()
@@ -149,6 +158,8 @@ class _Selector:
             if cluster not in self._decided:
                 self._decided.add(cluster)
                 self._decide(cluster, node)
+        if name in self.sampled:
+            self._sample(node, self.sampled[name])
         module = self.pair.modules[node]
         dropped = self._dropped.get(name)
         return Layer(module) if dropped is None else Layer(module, _kept(dropped))
@@ -215,12 +226,36 @@ class _Selector:
 
     def _drop(self, seen: Seen, gone: BoolArray) -> None:
         """Zero the weights of a layer that read channels which are gone, [n_channels]."""
-        layer = seen.layer
-        weights = layer.weights()
-        dropped = self._dropped.setdefault(seen.name, np.zeros(weights.shape[:2], dtype=bool))
+        more = np.zeros(seen.layer.weights().shape[:2], dtype=bool)
         for block, parts in enumerate(readers_of(self.deps, seen)):
             for channels, rows in parts:
-                dropped[block, rows[gone[channels]].ravel()] = True
+                more[block, rows[gone[channels]].ravel()] = True
+        self._zero(seen.name, seen.layer, more)
+
+    def _sample(self, node: fx.Node, share: float) -> None:
+        """Choose what one layer goes on to read; others read all channels as before."""
+        name, seen = str(node.target), _observed(self.pair, node)
+        gram, products, samples = per_channel(seen)
+        if not np.isfinite(gram).all() or not np.isfinite(products).all():
+            raise NonFiniteError(f"{name} meets NaN or infinity on the batches")
+        kernel = seen.layer.unknowns // len(gram)
+        dropped = self._dropped.get(name, np.zeros((1, seen.layer.unknowns), dtype=bool))
+        there = np.flatnonzero(~dropped.reshape(len(gram), kernel).all(1))
+        count = max(int(share * len(there) + 1e-9), 1)
+        part = gram[np.ix_(there, there)]
+        scores = lasso_scores(part, samples, count, products[there])
+        stays = np.sort(there[np.argsort(scores, kind="stable")[len(there) - count :]])
+        self.read[name] = stays.tolist()
+        gone = np.ones(len(gram), dtype=bool)
+        gone[stays] = False
+        self._zero(name, seen.layer, gone.repeat(kernel)[None])
+        self.pair.recompute(node)
+
+    def _zero(self, name: str, layer: Layer, rows: BoolArray) -> None:
+        """Zero these weights of a layer, [groups, unknowns], and fit them no more."""
+        dropped = self._dropped.setdefault(name, np.zeros_like(rows))
+        dropped |= rows
+        weights = layer.weights()
         mark = torch.from_numpy(dropped).to(weights.device).unsqueeze(2)
         layer.add_to_weights(torch.where(mark, -weights, 0.0))
 

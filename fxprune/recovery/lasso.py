@@ -132,3 +132,15 @@ def contributions(
                 np.add.at(products, owner, (centred.xr[block][at] * w).sum(1).numpy())
             samples += centred.n * weights.shape[2]
     return gram, products + gram.sum(1), max(samples, 1)
+
+
+def per_channel(seen: Seen) -> tuple[FloatArray, FloatArray, int]:
+    """The same for all input channels of one convolution without groups, prunable or not."""
+    assert seen.moments is not None
+    centred, weights = seen.moments.centred(), seen.layer.weights().cpu()
+    channels = int(seen.layer.module.in_channels)
+    w = weights[0]
+    gram = (centred.xx[0] * (w @ w.T)).reshape(channels, -1, channels, w.shape[0] // channels)
+    products = (centred.xr[0] * w).reshape(channels, -1).sum(1)
+    rebuilt = gram.sum((1, 3)).numpy()
+    return rebuilt, products.numpy() + rebuilt.sum(1), max(centred.n * w.shape[1], 1)
