@@ -9,7 +9,7 @@
 True
 """
 
-from fxprune.api import PruneResult, prune, reconstruct
+from fxprune.api import ChannelPruning, PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
@@ -42,8 +42,13 @@ from fxprune.recovery import (
     GreedyOrder,
     HGSRResult,
     HierarchicalSparsity,
+    LowRankLayer,
+    LowRankResult,
     ReconstructionError,
     ScaleSparsity,
+    VGGRatios,
+    decompose_spatial,
+    factorize_linear,
     finetune,
     recalibrate,
     reinitialized,
@@ -63,6 +68,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "CaptureError",
+    "ChannelPruning",
     "DependencyGraph",
     "DependencySparsity",
     "Distillation",
@@ -76,6 +82,8 @@ __all__ = [
     "Group",
     "HGSRResult",
     "HierarchicalSparsity",
+    "LowRankLayer",
+    "LowRankResult",
     "NonFiniteError",
     "PlanError",
     "PruneResult",
@@ -86,10 +94,13 @@ __all__ = [
     "RewriteError",
     "ScaleSparsity",
     "TracedModel",
+    "VGGRatios",
     "Verdict",
     "VerificationError",
     "analyze",
     "apply_plan",
+    "decompose_spatial",
+    "factorize_linear",
     "finetune",
     "load",
     "plan",

@@ -1,8 +1,8 @@
 """``prune``: all stages in one call."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -17,6 +17,7 @@ from fxprune.planning import PruningPlan, plan
 from fxprune.planning.budget import Share, parse_share
 from fxprune.recovery import Reconstruction, ReconstructionError, reconstruct_model
 from fxprune.recovery.batches import as_list
+from fxprune.recovery.channel_pruning import Guards, Ratios, prune_channels
 from fxprune.recovery.criterion import REFITS
 from fxprune.rewrite import rewrite
 from fxprune.verify import Verdict, verify
@@ -164,6 +165,66 @@ def reconstruct(result: PruneResult, batches: Any, *, ridge: float | None = None
     slim = _check_graph(result.traced, result.model)
     model, done = reconstruct_model(result.traced, result.plan, slim, batches, ridge)
     return replace(result, model=model, reconstruction=done)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelPruning:
+    """The whole method of He, Zhang and Sun: LASSO selection and least squares, layer by layer.
+
+    In the order of the graph, for every group: from what its readers get in the model as it is
+    pruned so far, to what they give in the original, a LASSO picks the channels; the rest is cut,
+    and the layer is fitted by least squares. So every layer makes up for what those before it
+    lost. Layers that read the same group share one selection. No labels, no training.
+
+    Source: He, Zhang and Sun, Channel Pruning for Accelerating Very Deep Neural Networks, ICCV
+    2017, arXiv:1707.06168.
+    Differs: see ``LASSO``; here the inputs are those of the model that is pruned so far, and the
+        targets hold what parallel branches lost.
+
+    Attributes:
+        batches: calibration inputs without labels, as ``reconstruct`` takes them.
+        ratios: share of its channels that each group keeps: one share for all, shares by group, or
+            a function from the dependency graph to them, such as ``VGGRatios``.
+        ignore: layers whose shape must not change, as in ``prune``.
+        round_to: widths of groups become multiples of this.
+        ridge: as in ``reconstruct``.
+        sampler: convolutions that shall read a part of their input only, while the stream keeps its
+            width for others, such as the first one of a residual branch: shares by name or glob. A
+            LASSO picks the channels, an ``index_select`` in the graph reads them. The plan does not
+            hold samplers.
+        frontend: see ``trace``.
+    """
+
+    batches: Any
+    ratios: Ratios | Callable[[DependencyGraph], Ratios] = 0.5
+    ignore: Iterable[str] = ()
+    round_to: int = 1
+    ridge: float | None = None
+    sampler: Mapping[str, Share] = field(default_factory=dict)
+    frontend: str = "auto"
+
+    def __call__(self, model: nn.Module, example_inputs: Any) -> PruneResult:
+        """Prune a model, which is not changed.
+
+        The verdict is about the cut, with the weights of the original, as in ``prune``.
+
+        Raises:
+            FxpruneError: see ``trace``, ``plan`` and ``rewrite``.
+            ArgumentError: the batches do not fit the model, it was captured without a graph, or
+                scikit-learn is missing.
+            ExampleInputError: the model does not run on a batch.
+            NonFiniteError: a batch or an activation holds NaN or infinity.
+            VerificationError: the slim model does not equal the masked original.
+        """
+        batches = as_list(self.batches)
+        traced = trace(model, example_inputs, self.frontend)
+        _check_graph(traced)
+        guards = Guards(self.ignore, self.round_to)
+        chosen, slim, done = prune_channels(
+            traced, batches, self.ratios, guards, self.ridge, self.sampler
+        )
+        verdict = _verified(traced, rewrite(traced, chosen), chosen)
+        return PruneResult(slim, chosen, verdict, analyze(traced), traced, done)
 
 
 def _reconstruction_error(

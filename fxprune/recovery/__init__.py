@@ -7,9 +7,16 @@ from fxprune.recovery.greedy import GreedyLoss, GreedyOrder
 from fxprune.recovery.group_penalty import DependencySparsity
 from fxprune.recovery.hgsr import HGSR, HGSRResult, reinitialized
 from fxprune.recovery.lasso import LASSO
+from fxprune.recovery.low_rank import (
+    LowRankLayer,
+    LowRankResult,
+    decompose_spatial,
+    factorize_linear,
+)
 from fxprune.recovery.recalibrate import recalibrate
 from fxprune.recovery.reconstruct import LayerFit, Reconstruction, reconstruct_model
 from fxprune.recovery.regularize import HierarchicalSparsity, ScaleSparsity
+from fxprune.recovery.vgg_ratios import VGGRatios
 
 __all__ = [
     "HGSR",
@@ -23,9 +30,14 @@ __all__ = [
     "HGSRResult",
     "HierarchicalSparsity",
     "LayerFit",
+    "LowRankLayer",
+    "LowRankResult",
     "Reconstruction",
     "ReconstructionError",
     "ScaleSparsity",
+    "VGGRatios",
+    "decompose_spatial",
+    "factorize_linear",
     "finetune",
     "recalibrate",
     "reconstruct_model",

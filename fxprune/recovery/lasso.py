@@ -53,21 +53,24 @@ class LASSO:
         scores = np.zeros(deps.n_channels)
         seen = observe(deps.traced, inputs, consumers(deps)) if deps.n_channels else []
         for k, group in enumerate(deps.groups):
-            gram, samples = _gram(deps, group.channels, seen)
+            gram, products, samples = contributions(deps, group.channels, seen)
             count = int(shares.get(k, 1.0) * group.width + 1e-9)
-            scores[group.channels] = lasso_scores(gram, samples, max(count, 1))
+            scores[group.channels] = lasso_scores(gram, samples, max(count, 1), products)
         return torch.from_numpy(scores)
 
 
-def lasso_scores(gram: FloatArray, samples: int, count: int) -> FloatArray:
+def lasso_scores(
+    gram: FloatArray, samples: int, count: int, products: FloatArray | None = None
+) -> FloatArray:
     """Scores [n] whose ``count`` largest are the channels of the LASSO with so many of them.
 
     Args:
-        gram: [n, n], products of contributions; the target is their sum.
+        gram: [n, n], products of contributions.
         samples: how many numbers one contribution has; scales alpha only.
         count: how many channels to keep.
+        products: [n], of contributions and target; by default the target is the sum of all.
     """
-    coefficients, _ = lasso_path(gram, samples)
+    coefficients, _ = lasso_path(gram, samples, products)
     active = coefficients != 0
     entered = np.where(active.any(0), active.argmax(0), len(active))
     enough = active.sum(1) >= count
@@ -78,7 +81,9 @@ def lasso_scores(gram: FloatArray, samples: int, count: int) -> FloatArray:
     return np.where(size > 0, size, later)
 
 
-def lasso_path(gram: FloatArray, samples: int) -> tuple[FloatArray, FloatArray]:
+def lasso_path(
+    gram: FloatArray, samples: int, products: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
     """Coefficients [points, n] at the corners of the path, and their alphas, descending.
 
     Raises:
@@ -88,30 +93,54 @@ def lasso_path(gram: FloatArray, samples: int) -> tuple[FloatArray, FloatArray]:
         from sklearn.linear_model import lars_path_gram
     except ModuleNotFoundError as error:
         raise ArgumentError("LASSO needs scikit-learn: pip install 'fxprune[recovery]'") from error
+    target = gram.sum(1) if products is None else products
     alphas, _, coefficients = lars_path_gram(
-        gram.sum(1), gram.copy(), n_samples=samples, method="lasso", copy_X=False
+        target, gram.copy(), n_samples=samples, method="lasso", copy_X=False
     )
     return coefficients.T, alphas
 
 
-def _gram(deps: DependencyGraph, channels: IntArray, seen: list[Seen]) -> tuple[FloatArray, int]:
-    """Products of what a group's channels contribute to all that reads them, and their length."""
-    total, samples = np.zeros((len(channels), len(channels))), 0
+def contributions(
+    deps: DependencyGraph, channels: IntArray, seen: list[Seen]
+) -> tuple[FloatArray, FloatArray, int]:
+    """Products of what a group's channels contribute to all that reads them.
+
+    The target is the sum of all contributions, plus the targets of the moments: what is missing.
+
+    Returns:
+        Products of contributions [n, n], those with the target [n], and how many numbers one
+        contribution has.
+    """
+    gram, products = np.zeros((len(channels), len(channels))), np.zeros(len(channels))
     index = {int(c): k for k, c in enumerate(channels)}
+    samples = 0
     for found in seen:
         if found.moments is None:
             continue
         centred = found.moments.centred()
         weights = found.layer.weights().cpu()
         for block, parts in enumerate(readers_of(deps, found)):
-            pairs = (pair for part in parts for pair in zip(*part, strict=True))
-            rows = [(index[int(c)], r) for c, r in pairs if int(c) in index]
-            if not rows:
+            pairs = [p for part in parts for p in zip(*part, strict=True) if int(p[0]) in index]
+            if not pairs:
                 continue
-            at = torch.from_numpy(np.concatenate([r for _, r in rows]))
-            owner = np.concatenate([np.full(len(r), k) for k, r in rows])
+            at = torch.from_numpy(np.concatenate([rows for _, rows in pairs]))
+            owner = np.concatenate([np.full(len(rows), index[int(c)]) for c, rows in pairs])
             w = weights[block][at]
-            products = (centred.xx[block][at][:, at] * (w @ w.T)).numpy()
-            np.add.at(total, (owner[:, None], owner[None, :]), products)
+            xx = centred.xx[block][at]
+            np.add.at(gram, (owner[:, None], owner[None, :]), (xx[:, at] * (w @ w.T)).numpy())
+            if centred.xr.shape[2]:
+                np.add.at(products, owner, (centred.xr[block][at] * w).sum(1).numpy())
             samples += centred.n * weights.shape[2]
-    return total, max(samples, 1)
+    return gram, products + gram.sum(1), max(samples, 1)
+
+
+def per_channel(seen: Seen) -> tuple[FloatArray, FloatArray, int]:
+    """The same for all input channels of one convolution without groups, prunable or not."""
+    assert seen.moments is not None
+    centred, weights = seen.moments.centred(), seen.layer.weights().cpu()
+    channels = int(seen.layer.module.in_channels)
+    w = weights[0]
+    gram = (centred.xx[0] * (w @ w.T)).reshape(channels, -1, channels, w.shape[0] // channels)
+    products = (centred.xr[0] * w).reshape(channels, -1).sum(1)
+    rebuilt = gram.sum((1, 3)).numpy()
+    return rebuilt, products.numpy() + rebuilt.sum(1), max(centred.n * w.shape[1], 1)

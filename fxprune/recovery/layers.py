@@ -28,9 +28,12 @@ class Layer:
 
     Attributes:
         module: a module of one of the types in ``FITTED``.
+        kept: ``[groups, kept]``, the unknowns that count, ascending; all of them if None. The
+            weights of the others stay as they are.
     """
 
     module: Any
+    kept: torch.Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -41,7 +44,9 @@ class Layer:
 
     @property
     def unknowns(self) -> int:
-        """Weights per output channel."""
+        """Weights per output channel, of those that count."""
+        if self.kept is not None:
+            return self.kept.shape[1]
         weight = self.module.weight
         if isinstance(self.module, TRANSPOSED):
             return int(weight.shape[0] // self.groups * math.prod(weight.shape[2:]))
@@ -54,7 +59,10 @@ class Layer:
         step = max(1, min(CHUNK_BYTES // max(size, 1), (len(x) + 1) // 2))
         for start in range(0, len(x), step):
             part = slice(start, min(start + step, len(x)))
-            yield part if x is given else slice(None), self._rows(x[part].double())
+            rows = self._rows(x[part].double())
+            if self.kept is not None:
+                rows = rows.take_along_dim(self.kept.to(rows.device).unsqueeze(1), 2)
+            yield part if x is given else slice(None), rows
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
         """An output, or a difference of outputs, as ``[groups, n, outputs / groups]`` float64."""
@@ -72,11 +80,18 @@ class Layer:
             flat = parts.transpose(2, 1).flatten(2)
         else:
             flat = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
-        return flat.transpose(1, 2)
+        found = flat.transpose(1, 2)
+        if self.kept is None:
+            return found
+        return found.take_along_dim(self.kept.to(found.device).unsqueeze(2), 1)
 
     def add_to_weights(self, change: torch.Tensor) -> None:
         """Add ``[groups, unknowns, outputs / groups]`` to the weights."""
         weight = self.module.weight
+        if self.kept is not None:
+            every = change.new_zeros(len(change), Layer(self.module).unknowns, change.shape[2])
+            at = self.kept.to(change.device).unsqueeze(2).expand_as(change)
+            change = every.scatter(1, at, change)
         flat = change.transpose(1, 2)
         if isinstance(self.module, TRANSPOSED):
             per_group = weight.shape[0] // self.groups

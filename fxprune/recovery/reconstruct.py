@@ -8,6 +8,7 @@ Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, arXiv:170
 import copy
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,13 +109,22 @@ def reconstruct_model(
         NonFiniteError: a batch or an activation holds NaN or infinity.
         FingerprintError: the plan was made for another model.
     """
-    if ridge is not None and not 0 <= ridge < math.inf:
-        raise ArgumentError(f"ridge={ridge!r} has to be 0 or more, or None to choose it per layer")
+    check_ridge(ridge)
     inputs = collect(batches, traced.graph_module, traced.args)
     fitted = duplicate(slim)
     with undisturbed(traced.graph_module, fitted):
-        found = _Fitter(Pair(traced, plan, fitted, inputs), ridge).run()
+        found = Fitter(Pair(traced, plan, fitted, inputs), ridge).run()
     return fitted, found
+
+
+def check_ridge(ridge: float | None) -> None:
+    """Refuse a strength of the ridge that means nothing.
+
+    Raises:
+        ArgumentError: it is negative or not finite.
+    """
+    if ridge is not None and not 0 <= ridge < math.inf:
+        raise ArgumentError(f"ridge={ridge!r} has to be 0 or more, or None to choose it per layer")
 
 
 def duplicate(model: fx.GraphModule) -> fx.GraphModule:
@@ -127,12 +137,24 @@ def duplicate(model: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-class _Fitter:
-    """Fits layer after layer in the order of the graph."""
+class Fitter:
+    """Fits layer after layer in the order of the graph.
 
-    def __init__(self, pair: Pair, strength: float | None) -> None:
+    Args:
+        pair: the original, and the model whose weights are fitted.
+        strength: of the ridge; None chooses it per layer.
+        prepare: called with every node that may be fitted, before it is; gives the layer to fit.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        strength: float | None,
+        prepare: Callable[[fx.Node], Layer] | None = None,
+    ) -> None:
         self.pair = pair
         self.strength = strength
+        self.prepare = prepare or (lambda node: Layer(pair.modules[node]))
         modules = {id(m): m for m in pair.modules.values()}.values()
         self.owners = Counter(id(p) for m in modules for p in m.parameters())
         self.settled: set[fx.Node] = set()  # BatchNorms that hold the intercept of a fitted layer
@@ -140,10 +162,11 @@ class _Fitter:
         self.skipped: list[tuple[str, str]] = []
 
     def run(self) -> Reconstruction:
+        """Fit every layer that drifts."""
         steps = tqdm(self.pair, total=len(self.pair), desc="reconstruct", unit="node", leave=False)
         for node in steps:
             if isinstance(self.pair.modules.get(node), FITTED) and node not in self.settled:
-                self._visit(node, Layer(self.pair.modules[node]))
+                self._visit(node, self.prepare(node))
         return Reconstruction(tuple(self.fits), tuple(self.skipped))
 
     def _visit(self, node: fx.Node, layer: Layer) -> None:
@@ -187,7 +210,7 @@ class _Fitter:
         """
         intercept = self._intercept(node)
         missing = aim.missing(self.pair.values(node), bounded=False)
-        folds = self._moments(node, layer, missing)
+        folds = halves(self.pair, node, layer, missing)
         whole = folds[0] + folds[1]
         if intercept is not None:
             folds = [fold.centred() for fold in folds]
@@ -201,7 +224,7 @@ class _Fitter:
         steps = _BOUNDED_STEPS if aim.bounded else 0
         for k in range(steps):
             missing = aim.missing(self.pair.values(node), bounded=True)
-            again = self._moments(node, layer, missing, square=False)
+            again = halves(self.pair, node, layer, missing, square=False)
             moments = replace(again[0] + again[1], xx=whole.xx)
             change, shift = _solution(moments, strength, intercept is not None)
             rate = k / (k + 3) if k + 1 < steps else 0.0
@@ -223,19 +246,6 @@ class _Fitter:
             _add(*intercept, shift.flatten())
         self.pair.recompute(node)
 
-    def _moments(
-        self, node: fx.Node, layer: Layer, missing: list[torch.Tensor], *, square: bool = True
-    ) -> list[Moments]:
-        """Second moments of two halves of the samples."""
-        outputs = layer.weights().shape[2]
-        folds = [Moments.zeros(layer.groups, layer.unknowns, outputs) for _ in range(2)]
-        count = 0
-        for x, r in zip(self.pair.values(node.all_input_nodes[0]), missing, strict=True):
-            for part, rows in layer.rows(x):
-                folds[count % 2].add(rows, layer.targets(r[part]), square=square)
-                count += 1
-        return folds
-
     def _intercept(self, node: fx.Node) -> tuple[torch.Tensor, float] | None:
         """What can hold a constant added to what a layer returns, and with which sign."""
         module = self.pair.modules[node]
@@ -254,6 +264,20 @@ class _Fitter:
             return None
         self.settled.add(user)
         return norm
+
+
+def halves(
+    pair: Pair, node: fx.Node, layer: Layer, missing: list[torch.Tensor], *, square: bool = True
+) -> list[Moments]:
+    """Second moments of two halves of the samples: what a layer reads, and what is missing."""
+    outputs = layer.weights().shape[2]
+    folds = [Moments.zeros(layer.groups, layer.unknowns, outputs) for _ in range(2)]
+    count = 0
+    for x, r in zip(pair.values(node.all_input_nodes[0]), missing, strict=True):
+        for part, rows in layer.rows(x):
+            folds[count % 2].add(rows, layer.targets(r[part]), square=square)
+            count += 1
+    return folds
 
 
 def _solution(
