@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from fxprune.errors import ArgumentError, RuleConflictError
-from fxprune.ops import contraction, factory, join, movement, reduction, spatial, vision
+from fxprune.ops import contraction, factory, indexing, join, movement, reduction, spatial, vision
 from fxprune.ops.call import Call, base_name
 from fxprune.ops.labels import Labels
 from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise
@@ -60,6 +60,7 @@ RULES = merged(
     contraction.RULES,
     vision.RULES,
     movement.RULES,
+    indexing.RULES,
     join.RULES,
     factory.RULES,
     reduction.RULES,
