@@ -2,14 +2,19 @@
 
     python examples/bench/recovery.py                      # all networks, 50 % and 30 % of the MACs
     python examples/bench/recovery.py VGG --keep 0.4 0.2 --samples 256
+    python examples/bench/recovery.py VGG ResNet-20 --finetune
+    python examples/bench/recovery.py --seed 1             # other weights, other images
 
 Each network is pruned by several criteria, and each slim model is tested three times: as it comes,
 with recalibrated BatchNorm statistics, and with reconstructed weights. All three see the same few
 training images without their classes. The exit status is 1 if ``fp.prune(..., calibration=)``, the
-last row of each block, loses more than 1 point at 50 % or 2.5 points at 30 %.
+last row of each block, loses more than 1 point at 50 % or 2.5 points at 30 %. With ``--finetune``,
+the reconstructed model of that row then trains for one epoch on all training images with their
+classes, by ``fp.finetune`` as it comes: alone, and with the original as its teacher.
 """
 
 import argparse
+import copy
 import sys
 import time
 from typing import NamedTuple
@@ -18,6 +23,7 @@ import torch
 from fashion import NETS, Fashion, accuracy, add_options, calibration_images, load, trained
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import fxprune as fp
 
@@ -26,7 +32,7 @@ CRITERIA = {"CPMC": fp.CPMC(), "reconstruction error": None}  # None: what calib
 
 
 class Row(NamedTuple):
-    """One network, budget and criterion: accuracies in percent, CPU seconds for everything."""
+    """One network, budget and criterion: accuracies in percent, CPU seconds without training."""
 
     net: str
     keep: float
@@ -36,6 +42,8 @@ class Row(NamedTuple):
     recalibrated: float
     reconstructed: float
     seconds: float
+    one_epoch: float | None = None
+    distilled: float | None = None
 
     @property
     def lost(self) -> float:
@@ -43,10 +51,23 @@ class Row(NamedTuple):
         return self.original - self.reconstructed
 
 
+def after_one_epoch(
+    slim: nn.Module, data: Fashion, seed: int, teacher: nn.Module | None = None
+) -> float:
+    """Accuracy after one epoch with ``fp.finetune``'s own settings, in bfloat16."""
+    images = TensorDataset(data.train_images, data.train_classes)
+    order = BatchSampler(RandomSampler(images), batch_size=128, drop_last=True)
+    loader = DataLoader(images, sampler=order, batch_size=None)
+    slim = copy.deepcopy(slim).to(memory_format=torch.channels_last)
+    tuned = fp.finetune(slim, loader, teacher=teacher, amp="bf16", seed=seed)
+    return accuracy(tuned.model, data)
+
+
 def measure(
-    name: str, model: nn.Module, data: Fashion, images: Tensor, keep: float, original: float
+    name: str, model: nn.Module, data: Fashion, images: Tensor, keep: float, seed: int | None
 ) -> list[Row]:
-    """Prune one network to one budget by every criterion."""
+    """Prune one network to one budget by every criterion; with a seed, train the last one too."""
+    original = accuracy(model, data)
     rows = []
     for criterion, importance in CRITERIA.items():
         start = time.process_time()
@@ -57,6 +78,10 @@ def measure(
         again = accuracy(fp.recalibrate(plain, images), data)
         fitted = accuracy(result.model, data)
         rows.append(Row(name, keep, criterion, original, before, again, fitted, seconds))
+        slim = result.model
+    if seed is not None:
+        alone, taught = (after_one_epoch(slim, data, seed, by) for by in (None, model))
+        rows[-1] = rows[-1]._replace(one_epoch=alone, distilled=taught)
     return rows
 
 
@@ -67,19 +92,19 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3], help="share of MACs")
     parser.add_argument("--samples", type=int, default=512, help="calibration images")
-    parser.add_argument("--seed", type=int, default=0, help="which calibration images")
+    parser.add_argument("--finetune", action="store_true", help="train for one epoch afterwards")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = load(options.data)
     images = calibration_images(data, options.samples, options.seed)
     missed = []
     for name in options.nets or NETS:
-        model = trained(name, data, options.cache)
-        original = accuracy(model, data)
+        model = trained(name, data, options.cache, options.seed, options.epochs)
         for keep in options.keep:
-            rows = measure(name, model, data, images, keep, original)
-            columns = [[*r[:3], *(f"{x:.2f}" for x in r[3:7]), f"{r.seconds:.1f}"] for r in rows]
-            print(tabulate(columns, headers=Row._fields, disable_numparse=True), "\n", flush=True)
+            rows = measure(
+                name, model, data, images, keep, options.seed if options.finetune else None
+            )
+            print(tabulate(rows, headers=Row._fields, floatfmt=".2f"), "\n", flush=True)
             if rows[-1].lost > MOST_LOST.get(keep, 100):
                 missed.append(f"{name} at {keep:.0%} of the MACs loses {rows[-1].lost:.2f} points")
     print("\n".join(missed) or "every limit is kept")
