@@ -31,6 +31,14 @@ MOST_LOST = {0.5: 1.0, 0.3: 2.5}  # points, per share of the MACs
 CRITERIA = {"CPMC": fp.CPMC(), "reconstruction error": None}  # None: what calibration= chooses
 
 
+class Subject(NamedTuple):
+    """A trained network and its accuracy in percent."""
+
+    name: str
+    model: nn.Module
+    original: float
+
+
 class Row(NamedTuple):
     """One network, budget and criterion: accuracies in percent, CPU seconds without training."""
 
@@ -42,6 +50,7 @@ class Row(NamedTuple):
     recalibrated: float
     reconstructed: float
     seconds: float
+    slim: nn.Module
     one_epoch: float | None = None
     distilled: float | None = None
 
@@ -49,6 +58,9 @@ class Row(NamedTuple):
     def lost(self) -> float:
         """Points that the reconstructed model is worse than the original."""
         return self.original - self.reconstructed
+
+
+COLUMNS = [field for field in Row._fields if field != "slim"]
 
 
 def after_one_epoch(
@@ -63,26 +75,26 @@ def after_one_epoch(
     return accuracy(tuned.model, data)
 
 
-def measure(
-    name: str, model: nn.Module, data: Fashion, images: Tensor, keep: float, seed: int | None
-) -> list[Row]:
-    """Prune one network to one budget by every criterion; with a seed, train the last one too."""
-    original = accuracy(model, data)
-    rows = []
-    for criterion, importance in CRITERIA.items():
-        start = time.process_time()
-        result = fp.prune(model, images[:2], flops=keep, importance=importance, calibration=images)
-        seconds = time.process_time() - start
-        plain = fp.rewrite(result.traced, result.plan)
-        before = accuracy(plain, data)
-        again = accuracy(fp.recalibrate(plain, images), data)
-        fitted = accuracy(result.model, data)
-        rows.append(Row(name, keep, criterion, original, before, again, fitted, seconds))
-        slim = result.model
-    if seed is not None:
-        alone, taught = (after_one_epoch(slim, data, seed, by) for by in (None, model))
-        rows[-1] = rows[-1]._replace(one_epoch=alone, distilled=taught)
-    return rows
+def measure(subject: Subject, data: Fashion, images: Tensor, keep: float, criterion: str) -> Row:
+    """Prune a network to a budget by one criterion."""
+    name, model, original = subject
+    importance = CRITERIA[criterion]
+    start = time.process_time()
+    result = fp.prune(model, images[:2], flops=keep, importance=importance, calibration=images)
+    seconds = time.process_time() - start
+    plain = fp.rewrite(result.traced, result.plan)
+    before = accuracy(plain, data)
+    again = accuracy(fp.recalibrate(plain, images), data)
+    fitted = accuracy(result.model, data)
+    return Row(name, keep, criterion, original, before, again, fitted, seconds, result.model)
+
+
+def finetuned(row: Row, subject: Subject, data: Fashion, seed: int) -> Row:
+    """The same row with what an epoch of training makes of the reconstructed model."""
+    alone, taught = (
+        after_one_epoch(row.slim, data, seed, teacher) for teacher in (None, subject.model)
+    )
+    return row._replace(one_epoch=alone, distilled=taught)
 
 
 def main() -> int:
@@ -92,19 +104,24 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3], help="share of MACs")
     parser.add_argument("--samples", type=int, default=512, help="calibration images")
+    parser.add_argument("--image-seed", type=int, help="which calibration images (default: --seed)")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--finetune", action="store_true", help="train for one epoch afterwards")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = load(options.data)
-    images = calibration_images(data, options.samples, options.seed)
+    seed = options.seed if options.image_seed is None else options.image_seed
+    images = calibration_images(data, options.samples, seed)
     missed = []
     for name in options.nets or NETS:
         model = trained(name, data, options.cache, options.seed, options.epochs)
+        subject = Subject(name, model, accuracy(model, data))
         for keep in options.keep:
-            rows = measure(
-                name, model, data, images, keep, options.seed if options.finetune else None
-            )
-            print(tabulate(rows, headers=Row._fields, floatfmt=".2f"), "\n", flush=True)
+            rows = [measure(subject, data, images, keep, c) for c in options.criteria]
+            if options.finetune:
+                rows[-1] = finetuned(rows[-1], subject, data, options.seed)
+            shown = [(*r[:8], *r[9:]) for r in rows]
+            print(tabulate(shown, headers=COLUMNS, floatfmt=".2f"), "\n", flush=True)
             if rows[-1].lost > MOST_LOST.get(keep, 100):
                 missed.append(f"{name} at {keep:.0%} of the MACs loses {rows[-1].lost:.2f} points")
     print("\n".join(missed) or "every limit is kept")
