@@ -42,7 +42,7 @@ def views() -> list[Sample]:
         S(aten.reshape.default, "stacked in front, then merged", "a0 a1 a2 b0 b1 b2",
           do(aten.stack.default, [X(2, 7, 5), X(2, 7, 5)], 1), [2, 14, 5]),
         S(view, "expanded, then merged", "a1", do(aten.clone.default, wide), [35]),
-        S(view, "outer product, merged", "", twice, [35]),
+        S(view, "outer product, merged", "a0", twice, [35]),
         S(view, "an axis inferred", "a1", X(2, 7, 3, 5, axes=(1,)), [2, -1, 15]),
         S(view, "everything in one", "a1", X(2, 7, 3, axes=(1,)), [42]),
         S(aten.reshape.default, "heads, then blocks", "a0 a1 a2", heads, [2, 4, 9]),

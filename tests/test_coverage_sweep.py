@@ -12,7 +12,7 @@ from torch import nn
 
 from examples.coverage.catalogue import catalogue, select
 from examples.coverage.entry import Entry, Floats, Tokens, image
-from examples.coverage.measure import measure
+from examples.coverage.measure import DISCONTINUOUS, _is_discontinuous, measure
 from examples.coverage.randomize import randomize
 from examples.coverage.report import render, write_report
 from examples.coverage.runner import measured_apart, read, run
@@ -157,6 +157,7 @@ def test_a_wrong_slim_model_is_a_failure_and_not_verified(monkeypatch):
     monkeypatch.setattr(module.fp, "rewrite", wrong)
     row = measure(SMALL)
     assert row["failed"]["type"] == "VerificationError"
+    assert not row["failed"]["message"].startswith(DISCONTINUOUS)
     assert "| toys      |        1 |" in render([row], 1)
     assert not row["verdict"]["ok"]
 
@@ -196,6 +197,23 @@ def test_a_model_without_a_graph_is_pruned_in_place_and_verified():
     assert row["reached"] <= 0.5
     assert row["verdict"]["ok"]
     assert row["half"]["ok"]
+
+
+class Jumps(nn.Module):
+    """Magnifies rounding errors until they show."""
+
+    def forward(self, x):
+        return (self.weight * x * 1e9).frac()
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+
+def test_a_model_that_rounding_errors_change_is_told_from_one_that_is_pruned_wrongly():
+    x = torch.rand(2, 8)
+    assert _is_discontinuous(Jumps(), x)
+    assert not _is_discontinuous(nn.Linear(8, 3), x)
 
 
 class Narrow(nn.Module):

@@ -235,6 +235,63 @@ def test_opaque_has_to_name_a_module():
         fp.trace(build("residual"), ZOO["residual"].inputs(), opaque="nowhere.*")
 
 
+class Restores(nn.Module):
+    """A whole shape in one node: what is right in it has to stay symbolic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape[:-1]
+        y = self.stem(x).flatten(1, 2).view(x.shape[0], -1, 4, 3).transpose(1, 2)
+        return self.head(y.transpose(1, 2).reshape(shape + (12,)))  # noqa: RUF005
+
+
+def test_a_shape_that_is_one_node_keeps_its_free_sizes():
+    x = torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    slim = fp.prune(made(Restores), x, ratios=0.5, frontend="symbolic").model
+    assert slim.stem.out_features == 6
+    assert slim(torch.randn(3, 4, 7, 3, dtype=torch.float64)).shape == (3, 4, 7, 4)
+
+
+class ReadsANumber(nn.Module):
+    """``item()`` of a buffer: a number that is data, not a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(7, 12), nn.Linear(12, 4)
+        self.register_buffer("stride", torch.tensor([8.0, 16.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x) * self.stride[1].item())
+
+
+def test_a_number_read_from_a_buffer_stays():
+    x = torch.randn(2, 7, dtype=torch.float64)
+    result = fp.prune(made(ReadsANumber), x, ratios=0.5, frontend="export")
+    assert result.verdict.ok
+    assert result.model.stem.out_features == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("made_of", ["scripted", "compiled"])
+def test_what_has_no_python_code_of_its_own_is_refused(made_of):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    wrapped = torch.jit.script(net) if made_of == "scripted" else torch.compile(net)
+    with pytest.raises(fp.CaptureError, match=r"TorchScript|_orig_mod"):
+        fp.trace(wrapped, torch.randn(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["torch_attention", "lstm", "residual"])
+def test_models_in_low_precision_are_pruned_and_stay_so(name, dtype):
+    case, model = ZOO[name], build(name).to(dtype)
+    result = fp.prune(model, case.inputs().to(dtype), ratios=0.5)
+    assert result.verdict.ok
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+
+
 # eager, and plans on the author's own modules
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable
@@ -305,3 +306,43 @@ def test_the_slim_model_can_be_copied_and_pickled_state_loaded() -> None:
     fresh.load_state_dict(result.model.state_dict())
     assert relative_error(call(twin, inputs), call(result.model, inputs)) == 0
     assert relative_error(call(fresh, inputs), call(result.model, inputs)) == 0
+
+
+class KeepsWhatItMade(nn.Module):
+    """Moves a table to the device of its input and remembers shapes, as detectors do."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.branches = branches
+        self.make, self.read = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.table, self.shapes = torch.arange(8.0), [torch.Size([1])]
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.read(self.make(x).relu())
+        self.table = self.table.to(y.device)
+        self.scale = self.scale.to(y.device)
+        self.last = y
+        self.shapes.append(y.shape)
+        if self.branches and y.sum() > 1e9:
+            y = -y
+        return y + self.table * self.scale
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("frontend", ["auto", "symbolic", "export", "eager"])
+def test_what_a_model_keeps_in_its_attributes_is_as_it_was(branches: bool, frontend: str) -> None:
+    model, x = KeepsWhatItMade(branches), torch.randn(2, 8)
+    table, scale = model.table, model.scale
+    with contextlib.suppress(fp.CaptureError):
+        fp.trace(model, x, frontend)
+    assert model.table is table
+    assert model.scale is scale
+    assert model.shapes == [torch.Size([1])]
+    assert not hasattr(model, "last")
+    assert model(x).isfinite().all()
+
+
+def test_a_model_whose_meta_run_fails_halfway_is_recorded_on_real_data() -> None:
+    model, x = KeepsWhatItMade(branches=True), torch.randn(2, 8)
+    assert fp.trace(model, x).frontend == "eager"

@@ -107,7 +107,7 @@ def entries() -> list[Entry]:
             for name in DETECTION
         ),
         *(
-            Entry("torchvision", name, partial(_detector, name), image(_side(name), batch=1))
+            Entry("torchvision", name, partial(_detector, name), image(_side(name)))
             for name in DETECTION
         ),
     ]

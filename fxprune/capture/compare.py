@@ -25,7 +25,7 @@ def same_computation(a: Recording, b: Recording) -> bool:
     first, second = _Contents(a, known), _Contents(b, known)
     try:
         return first.result() == second.result() and not (first.unclear or second.unclear)
-    except TypeError:  # a literal that has no hash
+    except (TypeError, NotImplementedError):  # a literal that cannot be compared
         return False
 
 

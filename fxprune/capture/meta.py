@@ -37,7 +37,7 @@ class MetaKernels:
         try:
             key = (func, self._key(args), self._key(kwargs.items()))
             known = self._seen.get(key)
-        except TypeError:  # a literal that has no hash
+        except (TypeError, NotImplementedError):  # a literal that has no hash
             return self._compute(func, args, kwargs)
         if known is not None:
             made = [None if spec is None else _empty(*spec) for spec in known]

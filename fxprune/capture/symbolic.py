@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture.inputs import BoundInputs
+from fxprune.capture.state import attributes_kept
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import CaptureError
 
@@ -74,9 +75,11 @@ def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
     tracer = _Tracer()
     before = set(vars(model))
     try:
-        with _training_flags(model), warnings.catch_warnings():
+        with attributes_kept(model), _training_flags(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tracer.trace(model, concrete_args=inputs.defaulted or None)
+            parked = {k: v for k, v in vars(model).items() if k not in before}
+        vars(model).update(parked)  # constant tensors of the code, which fx parks on the model
         _drop_specialisation_asserts(graph)
         return build_graph_module(model, graph, type(model).__name__, set(model.state_dict()))
     except Exception as error:
@@ -86,7 +89,7 @@ def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
             "module that stays a leaf, or the part without it has to be pruned on its own"
         ) from error
     finally:
-        for name in set(vars(model)) - before:  # fx parks constant tensors on the traced model
+        for name in set(vars(model)) - before:
             delattr(model, name)
 
 

@@ -18,6 +18,7 @@ from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
 from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
+from fxprune.capture.state import attributes_kept
 from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
@@ -57,6 +58,7 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    _check_is_python(model)
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
     left_alone = _matching_modules(model, opaque)
@@ -135,8 +137,10 @@ class _Session:
 
     def capture(self, frontend: str) -> TracedModel:
         """Capture with one frontend and check the graph against the model."""
-        if frontend == "eager":
-            return self._without_graph()
+        with attributes_kept(self.model):
+            return self._without_graph() if frontend == "eager" else self._with_graph(frontend)
+
+    def _with_graph(self, frontend: str) -> TracedModel:
         model, inputs = self.model, self.inputs
         if frontend == "symbolic":
             graph_module = symbolic_graph(model, inputs)
@@ -256,10 +260,12 @@ def _record_eager(
     """Record the eager model, on meta tensors if it runs on them; then with the kernels used."""
     kernels = MetaKernels()
     try:
-        return record_call(model, inputs.args, inputs.kwargs, named, kernels), kernels
+        with attributes_kept(model):
+            return record_call(model, inputs.args, inputs.kwargs, named, kernels), kernels
     except Exception:  # not every model runs without data: the real run decides
         try:
-            return record_call(model, inputs.args, inputs.kwargs, named, None), None
+            with attributes_kept(model):
+                return record_call(model, inputs.args, inputs.kwargs, named, None), None
         except Exception as error:
             given = describe(inputs.kwargs or inputs.args)
             raise ExampleInputError(
@@ -303,6 +309,20 @@ def _equal(a: Any, b: Any) -> bool:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return bool(a == b)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _check_is_python(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"the model is a TorchScript module ({name}), which has no Python code to follow; give "
+            "the module that it was made from"
+        )
+    if name == "OptimizedModule" and hasattr(model, "_orig_mod"):  # importing its class is slow
+        raise CaptureError(
+            f"the model is compiled ({name}); give the module that was compiled (model._orig_mod), "
+            "and compile the slim one"
+        )
 
 
 def _check_initialised(named: list[Named]) -> None:

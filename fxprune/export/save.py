@@ -176,8 +176,8 @@ def _parts(model: Any) -> tuple[fx.GraphModule, str | None, Any]:
     module = getattr(model, "model", None)
     if not isinstance(module, fx.GraphModule):
         raise ArtifactError(
-            f"a {type(model).__name__} without a graph cannot be saved; pass the result of prune() "
-            "or a torch.fx.GraphModule. Of a model that was captured without a graph, save the "
+            f"a {type(model).__name__} cannot be saved; pass the result of prune() or a "
+            "torch.fx.GraphModule. Of a model that was captured without a graph, save the "
             "state_dict and result.plan, and use apply_plan on a fresh instance"
         )
     inputs = [_describe_input(value) for value in model.traced.example_inputs]

@@ -95,30 +95,24 @@ def _merges_out_of_order(call: Call, factor: Factor, new: Factor, ndim: int) -> 
 
 
 def _disjoint(call: Call, operand: Operand, factors: list[Factor]) -> Labels:
-    """Two factors on one axis (an outer product, flattened) cannot be followed further.
+    """Where two factors come to lie on one axis (an outer product, flattened), the first stays.
 
-    Of a weight the first one is: where a kernel is flattened, only its channels matter.
+    A position would be a row and a column, so all columns are kept; then it is its row.
     """
+    reason = FIXED_AXIS if operand.weight else _PRODUCT
     held: dict[int, Factor] = {}
-    clash: set[int] = set()
     for factor in factors:
-        taken = [axis for axis in factor.axes if axis in held]
-        if taken and operand.weight:
-            call.freeze(factor.labels, *FIXED_AXIS)
-            continue
-        for axis in taken:
-            call.freeze(factor.labels, *_PRODUCT)
-            call.freeze(held[axis].labels, *_PRODUCT)
-        clash.update(taken)
-        held.update(dict.fromkeys(factor.axes, factor))
-    kept = dict.fromkeys(held.values())
-    return tuple(f for f in kept if not clash & set(f.axes))
+        if any(axis in held for axis in factor.axes):
+            call.freeze(factor.labels, *reason)
+        else:
+            held.update(dict.fromkeys(factor.axes, factor))
+    return tuple(dict.fromkeys(held.values()))
 
 
 _PRODUCT = (
     "product-axis",
-    "a reshape merges two channel axes into one",
-    "at most one of the merged axes holds channels",
+    "a reshape merges two channel axes into one, and this is the inner one",
+    "the other merged axes hold no channels",
 )
 
 
@@ -279,10 +273,14 @@ def index(call: Call) -> tuple[Labels, ...]:
     given = [k for k, i in enumerate(indices) if i is not None]
     for k in given:
         indices[k].confined(set())
+    ndim = max(len(indices[k].shape) for k in given)
+    if len(call.shapes[0]) != len(x.shape) - len(given) + ndim:
+        call.freeze_operands(*UNKNOWN_INDEX)  # a mask over several axes
+        return ((),)
     adjacent = given == list(range(given[0], given[0] + len(given)))
     untracked = not any(set(given) & set(f.axes) for f in x.labels if not x.weight)
     if adjacent and (x.weight or untracked):
-        return (_looked_up(call, x, given, max(len(indices[k].shape) for k in given)),)
+        return (_looked_up(call, x, given, ndim),)
     if len(given) != 1 or len(indices[given[0]].shape) != 1:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ((),)

@@ -108,8 +108,16 @@ def _edit_sizes(site: Site, position: int, name: str, needed: tuple[int, ...]) -
     written: Any = site.written(position, name)
     values = site.value(position, name)
     if isinstance(written, fx.Node):
-        if tuple(values) != needed:
-            site.set(position, name, list(needed))
+        if tuple(values) == needed:
+            return
+        with site.node.graph.inserting_before(site.node):  # sizes that are right stay symbolic
+            written = [
+                n
+                if v not in (n, -1)
+                else site.node.graph.call_function(operator.getitem, (written, k))
+                for k, (v, n) in enumerate(zip(values, needed, strict=True))
+            ]
+        site.set(position, name, written)
         return
     sizes = [_agree(w, v, n) for w, v, n in zip(written, values, needed, strict=True)]
     site.set(position, name, sizes)

@@ -45,7 +45,10 @@ def difference(expected: Any, actual: Any) -> Difference:
 
 def _leaves(outputs: Any) -> dict[str, Any]:
     # Interpreted graphs return immutable twins of list and dict, so types of containers say little.
-    leaves, _ = pytree.tree_flatten_with_path(outputs)
+    try:
+        leaves, _ = pytree.tree_flatten_with_path(outputs)
+    except ValueError:  # a container whose library did not say how its parts are called
+        return {f"output[{k}]": leaf for k, leaf in enumerate(pytree.tree_leaves(outputs))}
     return {"output" + pytree.keystr(path): leaf for path, leaf in leaves}
 
 

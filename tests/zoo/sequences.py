@@ -88,6 +88,21 @@ class GroupedQueryAttention(Stream):
         return self.proj(y.transpose(1, 2).reshape(b, n, -1))
 
 
+class MultiQueryAttention(Stream):
+    """Four query heads and one head of keys and values: the output is an outer product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, 6), nn.Linear(WIDTH, 6)
+
+    def branch(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, 4, 6).transpose(1, 2)
+        y = (q @ self.k(x)[:, None].transpose(-1, -2)).softmax(-1) @ self.v(x)[:, None]
+        return self.proj(y.transpose(1, 2).reshape(b, n, -1))
+
+
 class RotaryAttention(Stream):
     """Llama's: rotated queries and keys, a causal mask kept as a buffer."""
 
@@ -249,6 +264,7 @@ CASES = {
     "fused_attention": _case(FusedAttention, WIDTH + HEADS, either=("qkv", "proj")),
     "separate_attention": _case(SeparateAttention, WIDTH + HEADS),
     "grouped_query_attention": _case(GroupedQueryAttention, WIDTH + 2),
+    "multi_query_attention": _case(MultiQueryAttention, WIDTH + 4, either=("k", "v")),
     "rotary_attention": _case(RotaryAttention, WIDTH + 3, either=("q", "k", "v")),
     "torch_attention": _case(
         TorchAttention,

@@ -360,7 +360,12 @@ CASES: dict[str, Case] = {
     "local_response": Case(LocalResponse, SOME, fixed=FROZEN),
     "layer_norm_last": Case(LayerNormLast, None, either=("mid",), exact=False),
     "attention": Case(Attention, None, either=("mid", "attention"), exact=False),
-    "recurrent": Case(Recurrent, None, either=("mid",)),
+    "recurrent": Case(
+        Recurrent,
+        None,
+        either=("mid",),
+        readers={"gru.weight_ih_l0": 1, "gru.weight_hh_l0": 1},
+    ),
     "gram_matrix": Case(GramMatrix, None, either=("mid",)),
     "top_channels": Case(TopChannels, SOME, fixed=FROZEN),
     "unfold_patches": Case(UnfoldPatches, None, either=("stem",), resizes=False),

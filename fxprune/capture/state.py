@@ -1,0 +1,63 @@
+"""Leave a model as it was: what running its code changes about its modules is put back.
+
+Models keep things in plain attributes while they run: anchors moved to the device of the input,
+tables for the last image size. A recording on meta tensors, or a symbolic trace, would leave meta
+tensors and proxies there.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_CONTAINERS = (list, dict, set)
+_OWN = frozenset(nn.Module().__dict__)  # hooks and registries of PyTorch itself
+Content = list[Any] | dict[Any, Any] | set[Any]
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Outside, every module has the attributes it had, and its containers the same content.
+
+    Train/eval modes are left to the caller. What tensors hold is not looked at.
+    """
+    authored = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")]
+    before = [(m, dict(m.__dict__), _contents(m)) for m in authored]  # PyTorch's own keep nothing
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            attributes["training"] = module.training
+            if not _same(module.__dict__, attributes):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+            for container, content in contents:
+                if not _same(container, content):
+                    _refill(container, content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Content, Content]]:
+    """Containers among the attributes of a module, each with a copy."""
+    attributes = module.__dict__
+    held = [v for k, v in attributes.items() if isinstance(v, _CONTAINERS) and k not in _OWN]
+    return [(v, v.copy()) for v in (attributes["_buffers"], *held)]
+
+
+def _same(a: Content, b: Content) -> bool:
+    """Whether two containers of a kind hold the very same objects."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(k in b and b[k] is v for k, v in a.items())
+    if isinstance(a, set):
+        return a == b
+    return all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _refill(container: Content, content: Content) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
