@@ -240,17 +240,22 @@ def calibration_images(data: Fashion, n: int, seed: int = 0) -> Tensor:
     return data.train_images[torch.randperm(len(data.train_images), generator=generator)[:n]]
 
 
-def trained(name: str, data: Fashion, cache: Path = CACHE) -> nn.Module:
-    """A network with its trained weights, from the cache or trained now."""
-    torch.manual_seed(0)
-    build, epochs = NETS[name]
-    model = build()
-    path = cache / f"fashion-{name.lower()}-{epochs}.pt"
+def trained(
+    name: str, data: Fashion, cache: Path = CACHE, seed: int = 0, epochs: int | None = None
+) -> nn.Module:
+    """A network with its trained weights, from the cache or trained now.
+
+    ``seed`` decides the initial weights and the order of the training images.
+    """
+    torch.manual_seed(seed)
+    epochs = epochs or NETS[name].epochs
+    model = NETS[name].build()
+    path = cache / f"fashion-{name.lower()}-{epochs}{f'-seed{seed}' if seed else ''}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     tqdm.write(f"training {name} for {epochs} epochs")
-    train(model, data, epochs)
+    train(model, data, epochs, seed)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     torch.save(model.state_dict(), temporary)
@@ -264,6 +269,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder with the four files of the data set")
     parser.add_argument("--cache", metavar="DIR", type=Path, default=CACHE, help="trained weights")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    parser.add_argument("--epochs", type=int, help="of training (default: its own for each)")
 
 
 def main() -> None:
@@ -273,7 +280,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = load(options.data)
     for name in options.nets or NETS:
-        model = trained(name, data, options.cache)
+        model = trained(name, data, options.cache, options.seed, options.epochs)
         print(f"{name}: {accuracy(model, data):.2f} %", flush=True)
 
 
