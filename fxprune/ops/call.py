@@ -82,6 +82,13 @@ class Operand:
             self.call.ledger.mark(own, role)
         return own
 
+    def follow(self, axis: int, labels: IntArray | None) -> None:
+        """Scale or shift along channels with these labels; None: the channels are untracked."""
+        if labels is not None:
+            self.adopt(axis, labels, Role.AFFINE)
+        elif (own := self.own(axis, Role.AFFINE)) is not None:
+            self.call.freeze(own, *FIXED_AXIS)
+
     def confined(self, keep: set[int]) -> dict[int, IntArray]:
         """Labels per axis of ``keep``; every tracked axis outside is frozen or settled.
 

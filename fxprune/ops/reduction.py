@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fxprune.ops.call import FIXED_AXIS, Call, Operand
+from fxprune.ops.call import Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Role
 from fxprune.ops.pointwise import pointwise
@@ -114,7 +114,8 @@ def layer_norm(call: Call) -> tuple[Labels, ...]:
     for axis in range(first, len(x.shape)):
         labels = found.get(axis)
         affine = [(n, o) for n in ("weight", "bias") if isinstance(o := call.get(n), Operand)]
-        _adopt_affine(call, affine, axis - first, labels)
+        for _, operand in affine:
+            operand.follow(axis - first, labels)
         if labels is not None:
             statistic(call, "input", axis, labels)
             for name, _ in affine:
@@ -123,23 +124,14 @@ def layer_norm(call: Call) -> tuple[Labels, ...]:
     return (factors, *((),) * (len(call.results) - 1))
 
 
-def _adopt_affine(
-    call: Call, affine: list[tuple[str, Operand]], axis: int, labels: IntArray | None
-) -> None:
-    for _, operand in affine:
-        if labels is not None:
-            operand.adopt(axis, labels, Role.AFFINE)
-        elif (own := operand.own(axis, Role.AFFINE)) is not None:
-            call.freeze(own, *FIXED_AXIS)
-
-
 def group_norm(call: Call) -> tuple[Labels, ...]:
     """Statistics of each group over its kept channels; every group loses equally many."""
     x: Operand = call["input"]
     labels, groups = x.confined({0, 1}), call["group"]
     channels = labels.get(1)
     affine = [(n, o) for n in ("weight", "bias") if isinstance(o := call.get(n), Operand)]
-    _adopt_affine(call, affine, 0, channels)
+    for _, operand in affine:
+        operand.follow(0, channels)
     if channels is not None and groups == channels.size:
         call.ledger.group_counts[call.index] = channels
     elif channels is not None:

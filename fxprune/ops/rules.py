@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fxprune.ops.call import FIXED_AXIS, Call, Operand
+from fxprune.ops.call import Call, Operand
 from fxprune.ops.contraction import ein
 from fxprune.ops.labels import Factor, Labels
-from fxprune.ops.ledger import ChannelRead, Role
+from fxprune.ops.ledger import ChannelRead
 from fxprune.ops.pointwise import pointwise
 
 Rule = Callable[[Call], tuple[Labels, ...]]
@@ -28,12 +28,8 @@ def channelwise(argument: str, *, axis: int = 1, affine: Sequence[str] = ()) -> 
         labels = x.confined({at}).get(at)
         for name in affine:
             vector = call.get(name)
-            if not isinstance(vector, Operand):
-                continue
-            if labels is not None:
-                vector.adopt(0, labels, Role.AFFINE)
-            elif (own := vector.own(0, Role.AFFINE)) is not None:
-                call.freeze(own, *FIXED_AXIS)
+            if isinstance(vector, Operand):
+                vector.follow(0, labels)
         found: Labels = () if labels is None else (Factor((at,), labels),)
         return tuple(found if len(shape) == len(x.shape) else () for shape in call.shapes)
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from fxprune.ops.call import FIXED_AXIS, Call, Operand
 from fxprune.ops.labels import Factor, Labels
-from fxprune.ops.ledger import Role
 from fxprune.ops.reduction import statistic
 
 Rule = Callable[[Call], tuple[Labels, ...]]
@@ -38,10 +37,7 @@ def batch_norm(call: Call) -> tuple[Labels, ...]:
         if isinstance(operand := call.get(name), Operand) and operand.shape != (1,)
     ]
     for operand in statistics:
-        if labels is not None:
-            operand.adopt(0, labels, Role.AFFINE)
-        elif (own := operand.own(0, Role.AFFINE)) is not None:
-            call.freeze(own, *FIXED_AXIS)
+        operand.follow(0, labels)
     if call.get("training") or ("_legit" in call.op and call.get("running_mean") is None):
         for axis in sorted(found.keys() - {1}):
             statistic(call, "input", axis, found[axis])
