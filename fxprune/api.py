@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.capture import TracedModel, trace
+from fxprune.capture.batches import as_list
 from fxprune.capture.eager import FIXED_CALLS
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, VerificationError
@@ -16,7 +17,6 @@ from fxprune.importance import CPMC, Criterion
 from fxprune.planning import PruningPlan, plan
 from fxprune.planning.budget import Share, parse_share
 from fxprune.recovery import Reconstruction, ReconstructionError, reconstruct_model
-from fxprune.recovery.batches import as_list
 from fxprune.recovery.channel_pruning import Guards, Ratios, prune_channels
 from fxprune.recovery.criterion import REFITS
 from fxprune.rewrite import rewrite

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 _CONTAINERS = (list, dict, set)
@@ -61,3 +62,29 @@ def _refill(container: Content, content: Content) -> None:
         container.extend(content)
     else:
         container.update(content)
+
+
+@contextlib.contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, random numbers apart; everything as before at the end."""
+    modules = {id(m): m for model in models for m in model.modules()}
+    saved = [(m, m.training) for m in modules.values()]
+    try:
+        for m, _ in saved:
+            m.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=_devices()):
+            yield
+    finally:
+        for m, training in saved:
+            m.training = training
+
+
+def reseed() -> None:
+    """Start the random numbers anew: two models that draw alike then get the same ones."""
+    torch.default_generator.manual_seed(0)
+    if _devices():
+        torch.cuda.manual_seed_all(0)
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

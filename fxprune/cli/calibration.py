@@ -7,8 +7,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from fxprune.capture.batches import CHUNK
 from fxprune.errors import ArgumentError, ArtifactError
-from fxprune.recovery.batches import CHUNK
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 

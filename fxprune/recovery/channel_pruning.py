@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from fxprune.capture.batches import Inputs, collect
+from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import NonFiniteError
@@ -21,7 +23,6 @@ from fxprune.ops.ledger import Role
 from fxprune.planning import PruningPlan, plan
 from fxprune.planning.budget import Share, group_shares
 from fxprune.planning.build import describe
-from fxprune.recovery.batches import Inputs, collect
 from fxprune.recovery.criterion import readers_of
 from fxprune.recovery.elimination import BoolArray
 from fxprune.recovery.evidence import Seen
@@ -31,7 +32,6 @@ from fxprune.recovery.pair import Pair
 from fxprune.recovery.reconstruct import Fitter, Reconstruction, check_ridge, duplicate, halves
 from fxprune.recovery.sampler import insert_samplers, sampler_shares, slim_positions
 from fxprune.rewrite import rewrite
-from fxprune.verify.guard import undisturbed
 
 Ratios = Mapping[str | int, Share] | Share
 Cluster = tuple[int, ...]  # groups that have to be decided together

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fxprune.capture import trace
+from fxprune.capture.batches import Inputs, collect
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, BudgetError
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
 from fxprune.planning import PruningPlan, plan
 from fxprune.planning.check import kept_channels
-from fxprune.recovery.batches import Inputs, collect
 from fxprune.recovery.elimination import BoolArray, Reader, elimination_order
 from fxprune.recovery.evidence import Seen, observe
 from fxprune.recovery.reconstruct import reconstruct_model

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxprune.capture.inputs import describe
+from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import Ref
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
-from fxprune.verify.guard import undisturbed
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

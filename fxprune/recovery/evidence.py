@@ -8,13 +8,13 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from fxprune.capture.batches import Inputs
 from fxprune.capture.inputs import describe
+from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ExampleInputError, NonFiniteError
-from fxprune.recovery.batches import Inputs
 from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer
 from fxprune.recovery.moments import Moments
-from fxprune.verify.guard import undisturbed
 
 
 @dataclass(slots=True, eq=False)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxprune.capture.batches import collect
 from fxprune.coupling import DependencyGraph
 from fxprune.errors import ArgumentError
 from fxprune.ops.labels import IntArray
 from fxprune.planning.budget import Share, group_shares
-from fxprune.recovery.batches import collect
 from fxprune.recovery.criterion import consumers, readers_of
 from fxprune.recovery.elimination import FloatArray
 from fxprune.recovery.evidence import Seen, observe

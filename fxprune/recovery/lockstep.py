@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from fxprune.capture.batches import Inputs
 from fxprune.capture.inputs import describe
 from fxprune.errors import ExampleInputError
-from fxprune.recovery.batches import Inputs
 
 
 class Lockstep:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import bind_inputs
+from fxprune.capture.state import undisturbed
 from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis
 from fxprune.errors import NonFiniteError
 from fxprune.ops.labels import IntArray
@@ -28,7 +29,6 @@ from fxprune.ops.ledger import Role
 from fxprune.planning.budget import BoolArray
 from fxprune.planning.build import describe
 from fxprune.recovery.split import Split, run_part, split_at
-from fxprune.verify.guard import undisturbed
 from fxprune.verify.masked import channel_reads, run_masked
 
 # Measured on a CPU: batches of values of a megabyte and more are slower than one after another.

@@ -12,11 +12,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from fxprune.capture.batches import Inputs
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import analyze
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
-from fxprune.recovery.batches import Inputs
 from fxprune.recovery.layers import NORMS
 from fxprune.recovery.lockstep import Lockstep
 from fxprune.rewrite.shapes import SlimShapes

@@ -8,10 +8,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fxprune.capture import trace
+from fxprune.capture.batches import as_list, collect, required_inputs
+from fxprune.capture.state import undisturbed
 from fxprune.errors import CaptureError, NonFiniteError
-from fxprune.recovery.batches import as_list, collect, required_inputs
 from fxprune.recovery.lockstep import Lockstep
-from fxprune.verify.guard import undisturbed
 
 
 @torch.inference_mode(mode=False)

@@ -17,16 +17,16 @@ from tabulate import tabulate
 from torch import fx
 from tqdm import tqdm
 
+from fxprune.capture.batches import collect
+from fxprune.capture.state import undisturbed
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.planning.plan import PruningPlan
-from fxprune.recovery.batches import collect
 from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer
 from fxprune.recovery.moments import Moments
 from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.solve import ridge_solution, strength_by_folds
-from fxprune.verify.guard import undisturbed
 
 _BOUNDED_STEPS = 4
 _ROUNDING = 1e-12  # share of an output's squares that rounding explains

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxprune.capture.inputs import describe
+from fxprune.capture.state import undisturbed
 from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.recovery.checkpoint import check_same_run, read_checkpoint, write_checkpoint
 from fxprune.recovery.distill import Distillation
@@ -24,7 +25,6 @@ from fxprune.recovery.optimizers import (
 )
 from fxprune.recovery.processes import Processes
 from fxprune.recovery.random_state import random_state, set_random_state
-from fxprune.verify.guard import undisturbed
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxprune.capture.state import reseed, undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, NonFiniteError, VerificationError
@@ -16,7 +17,7 @@ from fxprune.planning.budget import BoolArray
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 from fxprune.verify.blame import first_difference
-from fxprune.verify.guard import Guard, guarding, reseed, undisturbed
+from fxprune.verify.guard import Guard, guarding
 from fxprune.verify.masked import Steps, channel_reads, run_masked
 from fxprune.verify.outputs import Difference, difference, is_finite
 from fxprune.verify.trial import copied, first_rows, trial_inputs

@@ -131,29 +131,3 @@ def guarding(guard: Guard) -> Iterator[None]:
 def doubled(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in double precision; itself if it is that already, or holds no fractions."""
     return tensor.to(_DOUBLE.get(tensor.dtype, tensor.dtype))
-
-
-@contextlib.contextmanager
-def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, random numbers apart; everything as before at the end."""
-    modules = {id(m): m for model in models for m in model.modules()}
-    saved = [(m, m.training) for m in modules.values()]
-    try:
-        for m, _ in saved:
-            m.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices()):
-            yield
-    finally:
-        for m, training in saved:
-            m.training = training
-
-
-def reseed() -> None:
-    """Start the random numbers anew: two models that draw alike then get the same ones."""
-    torch.default_generator.manual_seed(0)
-    if _devices():
-        torch.cuda.manual_seed_all(0)
-
-
-def _devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
