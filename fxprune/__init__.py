@@ -28,9 +28,10 @@ from fxprune.errors import (
 )
 from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
+from fxprune.iterative import prune_iteratively
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
-from fxprune.planning import PruningPlan, plan
+from fxprune.planning import Optimal, PruningPlan, plan
 from fxprune.recovery import (
     HGSR,
     LASSO,
@@ -85,6 +86,7 @@ __all__ = [
     "LowRankLayer",
     "LowRankResult",
     "NonFiniteError",
+    "Optimal",
     "PlanError",
     "PruneResult",
     "PruningPlan",
@@ -105,6 +107,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "prune_iteratively",
     "recalibrate",
     "reconstruct",
     "register_rule",

@@ -14,8 +14,9 @@ from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, VerificationError
 from fxprune.export.inplace import module_sizes, slim_copy
 from fxprune.importance import CPMC, Criterion
-from fxprune.planning import PruningPlan, plan
+from fxprune.planning import Allocation, PruningPlan, plan
 from fxprune.planning.budget import Share, parse_share
+from fxprune.planning.build import check_budgets
 from fxprune.recovery import Reconstruction, ReconstructionError, reconstruct_model
 from fxprune.recovery.channel_pruning import Guards, Ratios, prune_channels
 from fxprune.recovery.criterion import REFITS
@@ -36,6 +37,7 @@ class PruneResult:
         deps: the dependency graph of the original.
         traced: the captured original.
         reconstruction: what was fitted to calibration batches after the check; None if nothing was.
+        steps: of ``prune_iteratively``, the result of every step.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class PruneResult:
     deps: DependencyGraph
     traced: TracedModel
     reconstruction: Reconstruction | None = None
+    steps: tuple["PruneResult", ...] = ()
 
     def report(self) -> str:
         """Asked and reached, every group before and after, refusals, and the verdict."""
@@ -62,13 +65,15 @@ def prune(
     *,
     flops: Share | None = None,
     params: Share | None = None,
+    memory: Share | None = None,
     ratios: Mapping[str | int, Share] | Share | None = None,
     importance: Criterion | None = None,
+    allocation: str | Allocation = "global",
     calibration: Any = None,
     ignore: Iterable[str] = (),
     round_to: int = 1,
     min_channels: int = 1,
-    max_ratio: float = 0.9,
+    max_ratio: float | Mapping[str | int, float] = 0.9,
     approximate: bool = True,
     frontend: str = "auto",
     opaque: str | Iterable[str] = (),
@@ -85,15 +90,17 @@ def prune(
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
         params: share of the parameters to keep at most.
+        memory: share of the peak memory of activations to keep at most.
         ratios: share of its channels to keep, per group, or one share for all groups.
         importance: a criterion; default ``CPMC()``, or ``ReconstructionError`` with
             ``calibration``.
         calibration: a few hundred samples like those the model will see, without labels: an
             iterable of batches, or one tensor of samples. See ``reconstruct``.
+        allocation: how budgets are shared out between groups, see ``plan``.
         ignore: layers whose shape must not change: names, containers, or globs.
         round_to: widths of groups become multiples of this.
         min_channels: every group keeps at least so many channels.
-        max_ratio: largest share of a group that may be removed.
+        max_ratio: largest share of a group that may be removed, one for all or by group.
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too.
         frontend: see ``trace``.
         opaque: modules to leave alone, see ``trace``.
@@ -105,28 +112,45 @@ def prune(
     """
     batches = None if calibration is None else as_list(calibration)
     traced = trace(model, example_inputs, frontend, opaque=opaque)
+    options = {
+        "flops": flops,
+        "params": params,
+        "memory": memory,
+        "ratios": ratios,
+        "allocation": allocation,
+        "ignore": ignore,
+        "round_to": round_to,
+        "min_channels": min_channels,
+        "max_ratio": max_ratio,
+        "approximate": approximate,
+    }
+    return prune_traced(traced, model, example_inputs, options, importance, batches, check=verify)
+
+
+def prune_traced(
+    traced: TracedModel,
+    model: nn.Module,
+    example_inputs: Any,
+    options: Mapping[str, Any],
+    importance: Criterion | None,
+    batches: list[Any] | None,
+    *,
+    check: bool,
+) -> PruneResult:
+    """``prune`` for a model that was captured already; ``options`` are those of ``plan``."""
     criterion: Criterion = importance or CPMC()
     if batches is not None:
         _check_graph(traced)
-        criterion = importance or _reconstruction_error(batches, flops, params)
+        criterion = importance or _reconstruction_error(
+            batches, options.get("flops"), options.get("params")
+        )
 
     def run(captured: TracedModel) -> PruneResult:
         deps = analyze(captured)
-        scores = criterion(deps)
-        chosen = plan(
-            deps,
-            scores,
-            flops=flops,
-            params=params,
-            ratios=ratios,
-            ignore=ignore,
-            round_to=round_to,
-            min_channels=min_channels,
-            max_ratio=max_ratio,
-            approximate=approximate,
-        )
+        check_budgets(deps, **options)
+        chosen = plan(deps, criterion(deps), **options)
         slim = _slimmed(captured, chosen, model, example_inputs)
-        verdict = _verified(captured, slim, chosen) if verify else None
+        verdict = _verified(captured, slim, chosen) if check else None
         result = PruneResult(slim, chosen, verdict, deps, captured)
         return result if batches is None else reconstruct(result, batches)
 

@@ -59,7 +59,8 @@ class Recorder(TorchDispatchMode):
         known = kind in ("buffer", "constant") and not tensor.is_meta
         ref = Ref(len(self.values))
         data = tensor if known else None
-        self.values.append(Value(ref.id, tuple(tensor.shape), kind, name, data))
+        size = tensor.dtype.itemsize
+        self.values.append(Value(ref.id, tuple(tensor.shape), size, kind, name, data))
         self._refs[id(tensor)] = ref
         self._alive.append(tensor)
         return ref

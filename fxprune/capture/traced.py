@@ -25,6 +25,7 @@ class Value:
     Attributes:
         id: position in ``TracedModel.values``.
         shape: sizes on the example inputs.
+        itemsize: bytes per element.
         kind: ``parameter``, ``buffer``, ``input``, ``constant`` (known data made or held by the
             model's code) or ``result``.
         name: qualified name of a parameter or buffer, else ``""``.
@@ -34,6 +35,7 @@ class Value:
 
     id: int
     shape: tuple[int, ...]
+    itemsize: int
     kind: str
     name: str = ""
     data: torch.Tensor | None = field(default=None, repr=False)

@@ -4,6 +4,7 @@ One MAC is one multiply-add. Convolutions and matrix products count; everything 
 ``torch.utils.flop_counter`` (which counts two FLOPs per MAC).
 """
 
-from fxprune.cost.model import CostModel, Term
+from fxprune.cost.memory import PeakMemory
+from fxprune.cost.model import Cost, CostModel, Term
 
-__all__ = ["CostModel", "Term"]
+__all__ = ["Cost", "CostModel", "PeakMemory", "Term"]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fxprune.capture.traced import TracedModel
-from fxprune.cost import CostModel
+from fxprune.cost import CostModel, PeakMemory
 from fxprune.coupling.blocks import BlockSet
+from fxprune.coupling.memory import peak_memory
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger, Role
@@ -139,6 +140,11 @@ class DependencyGraph:
         for k, group in enumerate(self.groups):
             found[group.channels] = k
         return found
+
+    @cached_property
+    def memory(self) -> PeakMemory:
+        """Bytes of activations at the peak of a forward pass, likewise."""
+        return peak_memory(self.traced, self.ledger, self.channel_of, self.n_channels)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

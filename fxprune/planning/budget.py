@@ -8,31 +8,39 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fxprune.cost import CostModel
+from fxprune.cost import Cost
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError
 
 Share = float | str
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budget:
-    """An upper limit on one cost: ``share`` of what the whole model costs, in ``unit``."""
+    """An upper limit on one cost: ``share`` of what the whole model costs.
+
+    Attributes:
+        name: how the user calls it.
+        key: name of the cost in ``PruningPlan.reached``.
+        cost: what is limited.
+        share: the part to keep at most.
+    """
 
     name: str
-    unit: str
-    model: CostModel
+    key: str
+    cost: Cost
     share: float
 
     @property
     def limit(self) -> float:
         """The limit in the unit of the cost."""
-        return self.share * self.model.total()
+        return self.share * self.cost.total()
 
     def met(self, alive: BoolArray) -> bool:
         """Whether the kept channels cost no more than the limit."""
-        return self.model.total(alive) <= self.limit + 1e-9
+        return self.cost.total(alive) <= self.limit * (1 + 1e-12)
 
 
 def parse_share(value: Share, name: str) -> float:
@@ -56,7 +64,7 @@ def parse_share(value: Share, name: str) -> float:
     return share
 
 
-def check_guards(round_to: int, min_channels: int, max_ratio: float) -> None:
+def check_guards(round_to: int, min_channels: int) -> None:
     """Refuse guards that mean nothing.
 
     Raises:
@@ -65,11 +73,33 @@ def check_guards(round_to: int, min_channels: int, max_ratio: float) -> None:
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name}={value!r} has to be a whole number of at least 1")
-    if not 0 <= max_ratio <= 1:
-        raise ArgumentError(
-            f"max_ratio={max_ratio!r} is the largest share of a group that may be removed; it has "
-            "to lie in [0, 1]"
-        )
+
+
+def most_removed(deps: DependencyGraph, max_ratio: float | Mapping[str | int, float]) -> FloatArray:
+    """Largest share of each group that may be removed, [n_groups].
+
+    Args:
+        deps: the dependency graph.
+        max_ratio: one share for all groups, or shares by name or index; 1 where none is given.
+
+    Raises:
+        ArgumentError: a share lies outside [0, 1], or a key names no prunable group.
+    """
+    given = max_ratio if isinstance(max_ratio, Mapping) else {"": max_ratio}
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            where = f"max_ratio[{key!r}]" if isinstance(max_ratio, Mapping) else "max_ratio"
+            raise ArgumentError(
+                f"{where}={value!r} is the largest share of a group that may be removed; it has to "
+                "lie in [0, 1]"
+            )
+    shares = np.ones(len(deps.groups))
+    if not isinstance(max_ratio, Mapping):
+        shares[:] = max_ratio
+        return shares
+    for key, value in max_ratio.items():
+        shares[_group_index(deps, key, "max_ratio")] = value
+    return shares
 
 
 def ignored_groups(deps: DependencyGraph, patterns: Iterable[str]) -> set[int]:
@@ -115,13 +145,18 @@ def group_shares(
     if not isinstance(ratios, Mapping):
         share = parse_share(ratios, "ratios")
         return dict.fromkeys(range(len(deps.groups)), share)
+    return {
+        _group_index(deps, key, "ratios"): parse_share(value, f"ratios[{key!r}]")
+        for key, value in ratios.items()
+    }
+
+
+def _group_index(deps: DependencyGraph, key: str | int, option: str) -> int:
+    """Index of the prunable group with this name or index."""
     index = {g.name: k for k, g in enumerate(deps.groups)}
-    shares = {}
-    for key, value in ratios.items():
-        k = index.get(key, -1) if isinstance(key, str) else int(key)
-        if not 0 <= k < len(deps.groups):
-            close = difflib.get_close_matches(str(key), sorted(index), n=3)
-            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise ArgumentError(f"ratios[{key!r}] names no prunable group{hint}")
-        shares[k] = parse_share(value, f"ratios[{key!r}]")
-    return shares
+    k = index.get(key, -1) if isinstance(key, str) else int(key)
+    if not 0 <= k < len(deps.groups):
+        close = difflib.get_close_matches(str(key), sorted(index), n=3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ArgumentError(f"{option}[{key!r}] names no prunable group{hint}")
+    return k

@@ -6,21 +6,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxprune.cost import Cost
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError, NonFiniteError
-from fxprune.ops.labels import IntArray
-from fxprune.planning.budget import (
-    BoolArray,
-    Budget,
-    Share,
-    check_guards,
-    group_shares,
-    ignored_groups,
-    parse_share,
-)
+from fxprune.planning.allocation import Allocated, Allocation
+from fxprune.planning.budget import BoolArray, Budget, Share
 from fxprune.planning.plan import AxisPlan, GroupPlan, PruningPlan
-from fxprune.planning.search import alive_without, meet_budgets, within_limits
-from fxprune.planning.units import FloatArray, Units, make_units
+from fxprune.planning.request import (
+    Request,
+    blockers,
+    kept_of,
+    pose,
+    read_request,
+    refuse_unreachable,
+)
+from fxprune.planning.search import check_reachable
+from fxprune.planning.units import FloatArray
 
 
 def plan(
@@ -29,29 +30,36 @@ def plan(
     *,
     flops: Share | None = None,
     params: Share | None = None,
+    memory: Share | None = None,
     ratios: Mapping[str | int, Share] | Share | None = None,
+    allocation: str | Allocation = "global",
     ignore: Iterable[str] = (),
     round_to: int = 1,
     min_channels: int = 1,
-    max_ratio: float = 0.9,
+    max_ratio: float | Mapping[str | int, float] = 0.9,
     approximate: bool = True,
 ) -> PruningPlan:
     """Choose the channels to remove: the least important first, until every budget holds.
 
-    Every share is the part to *keep*. At least one of ``flops``, ``params`` and ``ratios`` is
-    needed. Deterministic: ties go to the earlier channel.
+    Every share is the part to *keep*. At least one budget or ``ratios`` is needed. Deterministic:
+    ties go to the earlier channel.
 
     Args:
         deps: the dependency graph.
         scores: one number per channel, [n_channels], larger = keep.
         flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
         params: share of the parameters to keep at most.
+        memory: share of the peak memory of activations to keep at most.
         ratios: share of its channels to keep, per group (name or index), or one share for all
             groups. Named groups take no part in the other budgets.
+        allocation: how budgets are shared out between groups: ``global`` (lowest scores first),
+            ``uniform`` (the same share of each), ``isomorphic`` (the same share of each set of
+            groups that are alike), ``greedy`` (lowest score per cost first), ``optimal`` (the
+            largest sum of scores that fits), or an object such as ``Optimal(seconds=10)``.
         ignore: layers whose shape must not change: names, containers, or globs.
         round_to: widths of groups become multiples of this; a group never below one multiple.
         min_channels: every group keeps at least so many channels.
-        max_ratio: largest share of a group that may be removed.
+        max_ratio: largest share of a group that may be removed, one for all or by group.
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too; False
             keeps them.
 
@@ -61,83 +69,49 @@ def plan(
         BudgetError: a budget lies below the lowest reachable cost, which the message says.
     """
     values = _checked(deps, scores)
-    check_guards(round_to, min_channels, max_ratio)
-    budgets = [
-        Budget(name, unit, model, parse_share(share, name))
-        for name, unit, model, share in (
-            ("flops", "MACs", deps.macs, flops),
-            ("params", "parameters", deps.params, params),
-        )
-        if share is not None
-    ]
-    shares = group_shares(deps, ratios)
-    if not budgets and ratios is None:
-        raise ArgumentError("nothing to aim for: give flops=, params= or ratios=")
-    ignored = ignored_groups(deps, ignore)
-    held = set() if approximate else {k for k, g in enumerate(deps.groups) if g.approximate}
-    removable = ~np.isin(deps.group_of, list(ignored | held))
-    units = make_units(deps, values, removable, round_to)
-    limits = _limits(deps, min_channels, max_ratio)
-    alive = np.ones(deps.n_channels, dtype=bool)
-    if shares:
-        chosen = within_limits(deps, units, limits, _asked(deps, shares))
-        alive = alive_without(units, chosen, alive)
-    if budgets:
-        limits[list(shares)] = 0
-        alive = meet_budgets(
-            deps, units, within_limits(deps, units, limits, limits), alive, budgets
-        )
-    requested: dict[str, Any] = {b.name: b.share for b in budgets}
-    if shares:
-        requested["ratios"] = {deps.groups[k].name: s for k, s in shares.items()}
-    requested["ignore"] = [ignore] if isinstance(ignore, str) else sorted(ignore)
-    requested |= {"round_to": round_to, "min_channels": min_channels, "max_ratio": max_ratio}
-    if not approximate:
-        requested["approximate"] = False
-    kept = dict.fromkeys(held, "a statistic over it would change") | dict.fromkeys(
-        ignored, "ignored"
+    request = read_request(
+        deps,
+        flops=flops,
+        params=params,
+        memory=memory,
+        ratios=ratios,
+        allocation=allocation,
+        ignore=ignore,
+        round_to=round_to,
+        min_channels=min_channels,
+        max_ratio=max_ratio,
+        approximate=approximate,
     )
-    return describe(deps, alive, requested, _notes(deps, units, alive, kept, shares))
+    problem, stuck = pose(deps, values, request)
+    check_reachable(problem, lambda: blockers(deps, request))
+    found = Allocated(problem.alive, {})
+    if request.budgets:
+        found = request.allocation.choose(problem)
+    notes = _notes(deps, found.alive, request, stuck)
+    return describe(deps, found.alive, request.written, notes, request.budgets, found.facts)
 
 
-def _limits(deps: DependencyGraph, min_channels: int, max_ratio: float) -> IntArray:
-    """How many channels every group may lose at most, [n_groups]."""
-    widths = np.array([g.width for g in deps.groups], dtype=np.int64)
-    share = np.floor(max_ratio * widths + 1e-9).astype(np.int64)
-    limits: IntArray = np.maximum(np.minimum(widths - min_channels, share), 0)
-    return limits
+def check_budgets(deps: DependencyGraph, **options: Any) -> None:
+    """Refuse what ``plan`` would refuse with these options, whatever the scores are.
 
+    Budgets that the model cannot meet are found out before time is spent on scores.
 
-def _kept(width: int, share: float) -> int:
-    """Channels of a group of this width that a share allows to keep."""
-    return int(share * width + 1e-9)
-
-
-def _asked(deps: DependencyGraph, shares: Mapping[int, float]) -> IntArray:
-    """How many channels the shares ask every group to lose, [n_groups]."""
-    asked = np.zeros(len(deps.groups), dtype=np.int64)
-    for k, share in shares.items():
-        asked[k] = deps.groups[k].width - _kept(deps.groups[k].width, share)
-    return asked
+    Raises:
+        ArgumentError: an option has no meaning.
+        BudgetError: a budget lies below the lowest reachable cost.
+    """
+    refuse_unreachable(deps, read_request(deps, **options))
 
 
 def _notes(
-    deps: DependencyGraph,
-    units: Units,
-    alive: BoolArray,
-    held: Mapping[int, str],
-    shares: Mapping[int, float],
+    deps: DependencyGraph, alive: BoolArray, request: Request, stuck: Mapping[int, str]
 ) -> dict[int, str]:
     """Why a group kept more than was asked, per group index."""
-    notes = dict(held)
-    for k, group in enumerate(deps.groups):
-        kept = int(alive[group.channels].sum())
-        if k in held:
-            continue
-        if (units.of_channel[group.channels] < 0).all():
-            notes[k] = "nothing may go alone: round_to, or groups that must lose equally many"
-        elif k in shares and kept > max(_kept(group.width, shares[k]), 1):
-            notes[k] = f"{shares[k]:.0%} asked; held by max_ratio, min_channels or round_to"
+    notes = {**request.kept, **stuck}
+    for k, share in request.shares.items():
+        group = deps.groups[k]
+        if k not in notes and alive[group.channels].sum() > max(kept_of(group.width, share), 1):
+            notes[k] = f"{share:.0%} asked; held by max_ratio, min_channels or round_to"
     return notes
 
 
@@ -160,9 +134,28 @@ def _checked(deps: DependencyGraph, scores: torch.Tensor) -> FloatArray:
 
 
 def describe(
-    deps: DependencyGraph, alive: BoolArray, requested: dict[str, Any], notes: dict[int, str]
+    deps: DependencyGraph,
+    alive: BoolArray,
+    requested: dict[str, Any],
+    notes: Mapping[int, str],
+    budgets: Iterable[Budget] = (),
+    search: Mapping[str, float] | None = None,
 ) -> PruningPlan:
-    """The plan that keeps the channels marked in ``alive``, [n_channels]."""
+    """The plan that keeps the channels marked in ``alive``, [n_channels].
+
+    Args:
+        deps: the dependency graph.
+        alive: which channels stay.
+        requested: what was asked for.
+        notes: remarks on groups, by index.
+        budgets: what else than MACs and parameters was limited.
+        search: what is known about the choice.
+    """
+    costs: dict[str, Cost] = {"macs": deps.macs, "params": deps.params}
+    costs |= {b.key: b.cost for b in budgets}
+    reached: dict[str, float] = {}
+    for key, cost in costs.items():
+        reached |= {key: cost.total(alive), f"{key}_before": cost.total()}
     groups = tuple(
         GroupPlan(
             g.name,
@@ -178,16 +171,12 @@ def describe(
     return PruningPlan(
         fingerprint=deps.fingerprint,
         requested=requested,
-        reached={
-            "macs": deps.macs.total(alive),
-            "macs_before": deps.macs.total(),
-            "params": deps.params.total(alive),
-            "params_before": deps.params.total(),
-        },
+        reached=reached,
         groups=groups,
         frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),
         axes=axis_plans(deps, alive),
         approximate=tuple(approximate),
+        search=dict(search or {}),
     )
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ from fxprune.errors import ArtifactError, PlanError
 from fxprune.planning.ranges import from_text, to_text
 
 FORMAT = "fxprune-plan-1"
+_AMOUNTS: dict[str, Callable[[float], str]] = {
+    "macs": lambda n: f"{n:,.0f} MACs",
+    "params": lambda n: f"{n:,.0f} parameters",
+    "memory": lambda n: f"{n / 2**20:,.2f} MiB",
+    "latency": lambda n: f"{n * 1e3:,.3f} ms",
+}
+
+
+def amount(key: str, number: float) -> str:
+    """A cost as a person reads it; ``key`` as in ``PruningPlan.reached``."""
+    return _AMOUNTS[key](number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +75,25 @@ class PruningPlan:
     Attributes:
         fingerprint: digest of the model's couplings; another model is refused.
         requested: the budgets and guards that were asked for.
-        reached: ``macs``, ``macs_before``, ``params``, ``params_before``.
+        reached: ``macs``, ``macs_before``, ``params``, ``params_before``; with a budget on them,
+            ``memory`` (bytes at the peak) and ``latency`` (seconds) likewise.
         groups: every prunable group, in model order, also those that keep everything.
         frozen: name, width and reason of every group that cannot be pruned.
         axes: every parameter axis that loses positions, in model order.
         approximate: graph nodes where a statistic over channels changes.
+        search: what is known about the choice, for allocations that look for the best: ``value``,
+            the share of all scores that is kept; ``value_of_greedy``; and ``bound``, which no plan
+            with the widths that were considered exceeds.
     """
 
     fingerprint: str
     requested: dict[str, Any]
-    reached: dict[str, int]
+    reached: dict[str, float]
     groups: tuple[GroupPlan, ...]
     frozen: tuple[tuple[str, int, str], ...]
     axes: tuple[AxisPlan, ...]
     approximate: tuple[str, ...]
+    search: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The plan as JSON; equal plans give equal text."""
@@ -99,11 +116,12 @@ class PruningPlan:
             return cls(
                 fingerprint=str(data["fingerprint"]),
                 requested=dict(data["requested"]),
-                reached={k: int(v) for k, v in data["reached"].items()},
+                reached=_numbers(data["reached"]),
                 groups=tuple(GroupPlan(**_read(g)) for g in data["groups"]),
                 frozen=tuple((str(n), int(w), str(r)) for n, w, r in data["frozen"]),
                 axes=tuple(AxisPlan(**_read(a)) for a in data["axes"]),
                 approximate=tuple(data["approximate"]),
+                search=_numbers(data["search"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
@@ -134,13 +152,16 @@ class PruningPlan:
 
     def report(self) -> str:
         """Asked and reached, every group before and after, every frozen group with its reason."""
-        reached = self.reached
         lines = [
-            f"{key}: {reached[f'{key}_before']:,} -> {reached[key]:,} "
-            f"({reached[key] / max(reached[f'{key}_before'], 1):.1%} kept)"
-            for key in ("macs", "params")
+            f"{key}: {amount(key, before)} -> {amount(key, after)} "
+            f"({after / before if before else 1:.1%} kept)"
+            for key, after in self.reached.items()
+            if (before := self.reached.get(f"{key}_before")) is not None
         ]
         lines.append("asked: " + ", ".join(f"{k}={v}" for k, v in self.requested.items()))
+        if self.search:
+            known = ", ".join(f"{k} {v:.4f}" for k, v in self.search.items())
+            lines.append(f"share of all scores: {known}")
         rows = [
             (g.name, g.width, len(g.kept), f"{len(g.kept) / g.width:.0%}", g.note)
             for g in self.groups
@@ -155,6 +176,12 @@ class PruningPlan:
             lines += ["", "approximate (a statistic over channels changes): "]
             lines[-1] += ", ".join(self.approximate)
         return "\n".join(lines)
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, float]:
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in data.values()):
+        raise ValueError(f"numbers are needed in {data}")
+    return dict(data)
 
 
 def _read(entry: dict[str, Any]) -> dict[str, Any]:

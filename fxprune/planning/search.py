@@ -1,6 +1,7 @@
-"""Which units to remove: weakest first until the budgets hold, then put back what still fits."""
+"""Which units to remove: in a given order until the budgets hold, then put back what still fits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +10,47 @@ from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import BudgetError
 from fxprune.ops.labels import IntArray
 from fxprune.planning.budget import Budget
-from fxprune.planning.units import Units
+from fxprune.planning.plan import amount
+from fxprune.planning.units import FloatArray, Units
 
 BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What an allocation has to solve: remove as little as possible so that all budgets hold.
+
+    Attributes:
+        deps: the dependency graph.
+        units: what may be removed, weakest first.
+        allowed: [n_units], which units the guards let go; of every group the weakest ones.
+        alive: [n_channels], channels that are there to begin with.
+        values: [n_units], summed scores of a unit's channels: what is lost with it.
+        budgets: upper limits on costs.
+    """
+
+    deps: DependencyGraph
+    units: Units
+    allowed: BoolArray
+    alive: BoolArray
+    values: FloatArray
+    budgets: Sequence[Budget]
+
+    def met(self, alive: BoolArray) -> bool:
+        """Whether all budgets hold with these channels kept, [n_channels]."""
+        return all(b.met(alive) for b in self.budgets)
+
+    def without(self, units: IntArray) -> BoolArray:
+        """Channels that are kept when these units go, [n_channels]."""
+        chosen = np.zeros(self.units.count, dtype=bool)
+        chosen[units] = True
+        return alive_without(self.units, chosen, self.alive)
+
+    def removed(self, alive: BoolArray) -> BoolArray:
+        """Which units are gone, [n_units]."""
+        gone = np.zeros(self.units.count + 1, dtype=bool)
+        gone[self.units.of_channel[self.alive & ~alive]] = True
+        return gone[:-1]
 
 
 def within_limits(
@@ -45,48 +84,61 @@ def alive_without(units: Units, chosen: BoolArray, alive: BoolArray) -> BoolArra
     return result
 
 
-def meet_budgets(
-    deps: DependencyGraph,
-    units: Units,
-    allowed: BoolArray,
-    alive: BoolArray,
-    budgets: Sequence[Budget],
-) -> BoolArray:
-    """Channels to keep so that all budgets hold, as tightly as one unit allows.
+def check_reachable(problem: Problem, held: Callable[[], str]) -> None:
+    """Refuse budgets that cannot be met.
+
+    Args:
+        problem: what to solve.
+        held: says what holds the rest, for the message.
 
     Raises:
         BudgetError: even without every allowed unit a budget is exceeded.
     """
-    order = np.nonzero(allowed)[0]
+    lowest = problem.without(np.nonzero(problem.allowed)[0])
+    lines = []
+    for budget in problem.budgets:
+        if not budget.met(lowest):
+            least, whole = budget.cost.total(lowest), budget.cost.total()
+            limit, of, low = (amount(budget.key, n) for n in (budget.limit, whole, least))
+            lines.append(
+                f"{budget.name}={budget.share:g} asks for at most {limit} of {of}, but {low} "
+                f"({least / whole:.4f}) is the lowest reachable"
+            )
+    if lines:
+        raise BudgetError(f"{'; '.join(lines)}. {held().capitalize()}")
 
-    def without(count: int) -> BoolArray:
-        chosen = np.zeros(units.count, dtype=bool)
-        chosen[order[:count]] = True
-        return alive_without(units, chosen, alive)
 
-    def met(kept: BoolArray) -> bool:
-        return all(b.met(kept) for b in budgets)
+def remove_in_order(problem: Problem, order: IntArray) -> BoolArray:
+    """Channels to keep so that all budgets hold, as tightly as one unit allows, [n_channels].
 
-    if not met(without(len(order))):
-        raise _unreachable(deps, budgets, without(len(order)))
+    Args:
+        problem: what to solve; its budgets can be met.
+        order: allowed units, those that go first in front.
+    """
     low, high = -1, len(order)  # fewest units whose removal meets the budgets: in (low, high]
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if met(without(middle)) else (middle, high)
-    return _put_back(units, order[:high], without(high), budgets)
+        met = problem.met(problem.without(order[:middle]))
+        low, high = (low, middle) if met else (middle, high)
+    return put_back(problem, order[:high][::-1], problem.without(order[:high]))
 
 
-def _put_back(
-    units: Units, removed: IntArray, alive: BoolArray, budgets: Sequence[Budget]
-) -> BoolArray:
-    """Restore removed units, most important first, while every budget still holds."""
-    candidates = removed[units.whole[removed]][::-1]
+def put_back(problem: Problem, candidates: IntArray, alive: BoolArray) -> BoolArray:
+    """Restore removed units while every budget still holds.
+
+    Args:
+        problem: what to solve.
+        candidates: removed units, those that come back first in front.
+        alive: channels that are kept so far, [n_channels].
+    """
+    units = problem.units
+    candidates = candidates[units.whole[candidates]]
     while len(candidates):
-        candidates = candidates[_may_fit(units, candidates, alive, budgets)]
+        candidates = candidates[_may_fit(problem, candidates, alive)]
         low, high = 0, len(candidates) + 1  # longest prefix that fits: in [low, high)
         while high - low > 1:
             middle = (low + high) // 2
-            fits = all(b.met(_with(units, candidates[:middle], alive)) for b in budgets)
+            fits = problem.met(_with(units, candidates[:middle], alive))
             low, high = (middle, high) if fits else (low, middle)
         alive = _with(units, candidates[:low], alive)
         candidates = candidates[low + 1 :]  # the next one does not fit, and never will again
@@ -100,39 +152,23 @@ def _with(units: Units, chosen: IntArray, alive: BoolArray) -> BoolArray:
     return result
 
 
-def _may_fit(
-    units: Units, candidates: IntArray, alive: BoolArray, budgets: Sequence[Budget]
-) -> BoolArray:
+def _may_fit(problem: Problem, candidates: IntArray, alive: BoolArray) -> BoolArray:
     """Units whose smallest possible cost is within the slack. Products only make it larger."""
     possible = np.ones(len(candidates), dtype=bool)
-    held = units.of_channel >= 0
-    for budget in budgets:
-        slack = budget.limit - budget.model.total(alive)
-        least = np.bincount(
-            units.of_channel[held],
-            weights=budget.model.added(alive)[held],
-            minlength=units.count,
-        )
+    for budget in problem.budgets:
+        slack = budget.limit - budget.cost.total(alive)
+        least = problem.units.summed(budget.cost.added(alive))
         possible &= least[candidates] <= slack + 1e-9
     return possible
 
 
-def _unreachable(
-    deps: DependencyGraph, budgets: Sequence[Budget], lowest: BoolArray
-) -> BudgetError:
-    lines = []
-    for budget in budgets:
-        if budget.met(lowest):
-            continue
-        least, whole = budget.model.total(lowest), budget.model.total()
-        lines.append(
-            f"{budget.name}={budget.share:g} asks for at most {budget.limit:,.0f} of {whole:,} "
-            f"{budget.unit}, but {least:,} ({least / whole:.4f}) is the lowest reachable"
-        )
-    blockers = sorted(deps.frozen, key=lambda g: -g.width)[:3]
-    held = ", ".join(f"{g.name} ({g.width} channels: {g.reasons[0].code})" for g in blockers)
-    return BudgetError(
-        "; ".join(lines)
-        + f". Held: {held or 'nothing frozen'}, and at least one channel of every group; "
-        "min_channels, max_ratio, round_to and ignore hold more"
-    )
+def chains(problem: Problem) -> IntArray:
+    """For every unit, the number of its chain: units that hold channels of the same groups."""
+    touched: list[set[int]] = [set() for _ in range(problem.units.count)]
+    held = np.nonzero(problem.units.of_channel >= 0)[0]
+    units, groups = problem.units.of_channel[held], problem.deps.group_of[held]
+    for unit, group in np.unique(np.stack([units, groups], 1), axis=0).tolist():
+        touched[unit].add(group)
+    numbers: dict[frozenset[int], int] = {}
+    found = [numbers.setdefault(frozenset(t), len(numbers)) for t in touched]
+    return np.array(found, dtype=np.int64)

@@ -39,6 +39,12 @@ class Units:
         """Number of units."""
         return len(self.scores)
 
+    def summed(self, per_channel: FloatArray) -> FloatArray:
+        """Sums over the channels of each unit, [n_units], of numbers [n_channels]."""
+        held = self.of_channel >= 0
+        sums = np.bincount(self.of_channel[held], per_channel[held], minlength=self.count)
+        return sums.astype(np.float64)
+
 
 Members = list[int]
 

@@ -1,0 +1,131 @@
+"""When every piece of memory of a forward pass is in use, and how large it is.
+
+A tensor that an operator makes is in use from then on until its last reader is done. Inside the
+graph, readers are nodes: what a module is called with is held while it runs. Views share memory.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from fxprune.capture.record import return_aliases, tree_leaves
+from fxprune.capture.traced import Record, Ref, TracedModel
+from fxprune.cost import CostModel, PeakMemory, Term
+from fxprune.ops.labels import IntArray
+from fxprune.ops.ledger import Ledger
+
+# It gives a view, although its schema does not say so.
+_VIEWS = {torch.ops.aten._unsafe_view.default}
+
+
+def peak_memory(
+    traced: TracedModel, ledger: Ledger, channel_of: IntArray, n_channels: int
+) -> PeakMemory:
+    """Peak memory of the activations of one forward pass in evaluation mode.
+
+    Args:
+        traced: the captured model.
+        ledger: labels of its values.
+        channel_of: channel of every label, -1 where it is not prunable.
+        n_channels: number of channels.
+    """
+    base = _memory_of(traced.records, len(traced.values))
+    made, last = _lifetimes(traced, base)
+    pieces = sorted(made, key=made.__getitem__)
+    arrays: dict[int, IntArray] = {}
+
+    def channels(labels: IntArray) -> IntArray:
+        if id(labels) not in arrays:
+            arrays[id(labels)] = channel_of[labels]
+        return arrays[id(labels)]
+
+    terms = []
+    for piece in pieces:
+        value = traced.values[piece]
+        factors = ledger.values.get(piece, ())
+        labelled = {a for f in factors for a in f.axes}
+        rest = math.prod(n for k, n in enumerate(value.shape) if k not in labelled)
+        terms.append(Term(value.itemsize * rest, tuple(channels(f.labels) for f in factors)))
+    moments = sorted(set(made.values()))  # memory in use grows at no other time
+    held = np.array(
+        [
+            (row, column)
+            for column, piece in enumerate(pieces)
+            for row in range(
+                np.searchsorted(moments, made[piece]),
+                np.searchsorted(moments, last[piece], side="right"),
+            )
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 2)
+    shape = (len(moments), len(pieces))
+    in_use = sparse.csr_array((np.ones(len(held)), (held[:, 0], held[:, 1])), shape=shape)
+    return PeakMemory(CostModel(tuple(terms), n_channels), in_use)
+
+
+def _lifetimes(traced: TracedModel, base: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """First and last record of every piece of memory that an operator makes."""
+    made: dict[int, int] = {}
+    last: dict[int, int] = {}
+    end_of: dict[str, int] = {}
+    for k, record in enumerate(traced.records):
+        end_of[record.node] = k
+        for ref in (r for r in record.outputs if r is not None):
+            if base[ref.id] == ref.id and traced.values[ref.id].kind in ("result", "constant"):
+                made.setdefault(ref.id, k)
+        for ref in _refs((record.args, record.kwargs, record.outputs)):
+            last[base[ref.id]] = k
+    now = -1
+    for node in traced.graph_module.graph.nodes:
+        now = max(now, end_of.get(node.name, -1))
+        until = len(traced.records) if node.op == "output" else now
+        for used in node.all_input_nodes:
+            for ref in _refs(traced.results.get(used.name)):
+                last[base[ref.id]] = max(last.get(base[ref.id], -1), until)
+    return made, last
+
+
+def _memory_of(records: Iterable[Record], n_values: int) -> list[int]:
+    """For every value, the value whose memory it shares: itself, or what it is a view of."""
+    base = list(range(n_values))
+    for record in records:
+        for output, source in _views(record):
+            if output.id != source.id:
+                base[output.id] = base[source.id]
+    return base
+
+
+def _views(record: Record) -> Iterable[tuple[Ref, Ref]]:
+    """Outputs of an operator that share memory with an operand, with that operand."""
+    sources = _sources(record)
+    aliases = return_aliases(record.op)
+    for k, output in enumerate(record.outputs):
+        alias = aliases[min(k, len(aliases) - 1)] if aliases else None
+        names = {"*"} if record.op in _VIEWS else alias.before_set if alias is not None else ()
+        # A list of views says that it is one, not of what: there is one operand that it can be.
+        found = [sources[n] for n in names if n in sources] or (
+            list(sources.values()) if alias is not None and not names else []
+        )
+        if output is not None and found:
+            yield output, found[0]
+
+
+def _sources(record: Record) -> dict[str, Ref]:
+    """Operands that outputs may share memory with, by the name of their alias set."""
+    found: dict[str, Ref] = {}
+    for k, argument in enumerate(record.op._schema.arguments):
+        given = record.args[k] if k < len(record.args) else record.kwargs.get(argument.name)
+        names = argument.alias_info.before_set if argument.alias_info is not None else ()
+        if isinstance(given, Ref):
+            found |= dict.fromkeys(names, given)
+            if k == 0 and record.op in _VIEWS:
+                found["*"] = given
+    return found
+
+
+def _refs(tree: Any) -> list[Ref]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Ref)]

@@ -1,0 +1,209 @@
+"""``prune_iteratively``: the way to a budget in several steps, with new scores at each."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fxprune.api import PruneResult, prune_traced
+from fxprune.capture import trace
+from fxprune.capture.batches import as_list
+from fxprune.coupling import DependencyGraph, analyze
+from fxprune.errors import ArgumentError
+from fxprune.importance import Criterion
+from fxprune.ops.labels import IntArray
+from fxprune.planning import Allocation
+from fxprune.planning.budget import BoolArray, Share
+from fxprune.planning.build import describe
+from fxprune.planning.check import kept_channels
+from fxprune.planning.compose import original_channels
+from fxprune.planning.request import COSTS, Request, kept_of, read_request, refuse_unreachable
+
+Train = Callable[[nn.Module, int], nn.Module | None]
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda progress, share: 1 - (1 - share) * progress,
+    "geometric": lambda progress, share: share**progress,
+}
+
+
+def prune_iteratively(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    steps: int = 5,
+    schedule: str = "geometric",
+    train: Train | None = None,
+    flops: Share | None = None,
+    params: Share | None = None,
+    memory: Share | None = None,
+    ratios: Mapping[str | int, Share] | Share | None = None,
+    importance: Criterion | None = None,
+    calibration: Any = None,
+    allocation: str | Allocation = "global",
+    ignore: Iterable[str] = (),
+    round_to: int = 1,
+    min_channels: int = 1,
+    max_ratio: float | Mapping[str | int, float] = 0.9,
+    approximate: bool = True,
+    frontend: str = "auto",
+    opaque: str | Iterable[str] = (),
+    verify: bool = True,
+) -> PruneResult:
+    """Prune in steps: at each, score what is left anew, prune, verify, and train.
+
+    Budgets and guards count from the original, as in ``prune``, which has the same arguments; each
+    step goes a part of the way.
+
+    Args:
+        model: see ``prune``; it is not changed.
+        example_inputs: see ``prune``.
+        steps: how many.
+        schedule: ``linear`` (every step removes the same share of the original) or ``geometric``
+            (every step removes the same share of what is left).
+        train: called with the slim model of each step and the number of the step, from 0. It
+            trains the model in place, or returns another one with the same parameters.
+        flops: see ``prune``.
+        params: see ``prune``.
+        memory: see ``prune``.
+        ratios: see ``prune``.
+        importance: see ``prune``.
+        calibration: see ``prune``.
+        allocation: see ``plan``.
+        ignore: see ``prune``.
+        round_to: see ``prune``.
+        min_channels: see ``prune``.
+        max_ratio: see ``prune``.
+        approximate: see ``prune``.
+        frontend: see ``trace``.
+        opaque: see ``trace``.
+        verify: check every step against its masked original.
+
+    Returns:
+        The last model, and one plan that leads from the original to it. ``steps`` has the result
+        of every step. The verdict is that of the last step.
+
+    Raises:
+        ArgumentError: an option has no meaning, or ``train`` changed the shape of the model.
+        FxpruneError: see ``prune``.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps={steps!r} has to be a whole number of at least 1")
+    if schedule not in SCHEDULES:
+        raise ArgumentError(f"schedule={schedule!r} is unknown; choose one of {list(SCHEDULES)}")
+    batches = None if calibration is None else as_list(calibration)
+    traced = trace(model, example_inputs, frontend, opaque=opaque)
+    deps = analyze(traced)
+    fixed: dict[str, Any] = {
+        "allocation": allocation,
+        "ignore": ignore,
+        "round_to": round_to,
+        "approximate": approximate,
+    }
+    request = read_request(
+        deps,
+        flops=flops,
+        params=params,
+        memory=memory,
+        ratios=ratios,
+        min_channels=min_channels,
+        max_ratio=max_ratio,
+        **fixed,
+    )
+    refuse_unreachable(deps, request)
+    way = _Way(deps, np.ones(deps.n_channels, dtype=bool), deps, np.arange(deps.n_channels))
+    current, captured, results = model, traced, list[PruneResult]()
+    for step in range(steps):
+        if step:
+            captured = trace(current, example_inputs, frontend, opaque=opaque)
+            way = way.onward(results[-1], captured)
+        part = partial(SCHEDULES[schedule], (step + 1) / steps)
+        options = {**fixed, **way.options(request, part)}
+        result = prune_traced(
+            captured, current, example_inputs, options, importance, batches, check=verify
+        )
+        results.append(result)
+        current = _trained(train, result, step)
+    written = {**request.written, "steps": steps, "schedule": schedule}
+    alive = way.kept(results[-1])
+    chosen = describe(deps, alive, written, request.kept, request.budgets)
+    return replace(
+        results[-1], model=current, plan=chosen, deps=deps, traced=traced, steps=tuple(results)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Way:
+    """How far the steps have come.
+
+    Attributes:
+        deps: dependency graph of the original.
+        alive: [deps.n_channels], which of its channels are left.
+        now: dependency graph of what is pruned next.
+        origin: [now.n_channels], channel of the original, -1 where there is none.
+    """
+
+    deps: DependencyGraph
+    alive: BoolArray
+    now: DependencyGraph
+    origin: IntArray
+
+    def options(self, request: Request, part: Callable[[float], float]) -> dict[str, Any]:
+        """Arguments of ``plan`` for the model of now.
+
+        Args:
+            request: what is asked of the original.
+            part: the share to keep at this step, from the share to keep at the end.
+        """
+        asked: dict[str, Any] = {}
+        for budget in request.budgets:
+            here = COSTS[budget.name][1](self.now).total()
+            asked[budget.name] = min(part(budget.share) * budget.cost.total() / here, 1.0)
+        lost = np.bincount(self.deps.group_of[~self.alive], minlength=len(self.deps.groups))
+        ratios: dict[str | int, float] = {}
+        most: dict[str | int, float] = {}
+        for k, group in enumerate(self.now.groups):
+            own = self.origin[group.channels]
+            if (own < 0).any():
+                most[k] = 0.0  # kept in the original
+                continue
+            first = int(self.deps.group_of[own[0]])
+            width = int(np.sum(self.deps.group_of[own] == first))
+            most[k] = min((request.limits[first] - lost[first]) / width, 1.0)
+            if first in request.shares:
+                kept = kept_of(self.deps.groups[first].width, part(request.shares[first]))
+                ratios[k] = min(max(kept, 1) / width, 1.0)
+        return {**asked, "ratios": ratios or None, "max_ratio": most, "min_channels": 1}
+
+    def kept(self, result: PruneResult) -> BoolArray:
+        """Channels of the original that are left after a step, [deps.n_channels]."""
+        gone = self.origin[~kept_channels(result.deps, result.plan)]
+        alive = self.alive.copy()
+        alive[gone[gone >= 0]] = False
+        return alive
+
+    def onward(self, result: PruneResult, captured: Any) -> "_Way":
+        """The way after a step, at a new capture of its model."""
+        now = analyze(captured)
+        before = original_channels(result.deps, result.plan, now)
+        origin = np.where(before >= 0, np.append(self.origin, -1)[before], -1)
+        return _Way(self.deps, self.kept(result), now, origin)
+
+
+def _trained(train: Train | None, result: PruneResult, step: int) -> nn.Module:
+    """The slim model after the user's training.
+
+    Raises:
+        ArgumentError: a parameter has another shape now, or another name.
+    """
+    shapes = {name: list(p.shape) for name, p in result.model.named_parameters()}
+    model = (train(result.model, step) if train is not None else None) or result.model
+    now = {name: list(p.shape) for name, p in model.named_parameters()}
+    if differ := sorted(n for n in shapes.keys() | now.keys() if shapes.get(n) != now.get(n)):
+        raise ArgumentError(
+            f"train changed the shape of the model in step {step}: {differ[0]} was "
+            f"{shapes.get(differ[0], 'not there')} and is {now.get(differ[0], 'not there')}"
+        )
+    return model
