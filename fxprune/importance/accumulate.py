@@ -13,7 +13,7 @@ from fxprune.errors import ExampleInputError, NonFiniteError
 from fxprune.importance.batch_norms import batch_norms
 from fxprune.importance.criterion import FloatArray
 from fxprune.importance.evidence import Activation, Gradients
-from fxprune.importance.reads import Read
+from fxprune.importance.reads import BoolArray, Read
 from fxprune.importance.slots import axes_of_parameters, per_position
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
@@ -117,14 +117,15 @@ def _per_channel(channels: IntArray, numbers: FloatArray) -> tuple[IntArray, Flo
 class GateSums:
     """Squared derivatives with respect to a factor per channel, on everything that reads it."""
 
-    def __init__(self, deps: DependencyGraph, reads: Sequence[Read]) -> None:
+    def __init__(self, reads: Sequence[Read], hidden: BoolArray) -> None:
         self.at = _by_node(reads)
         self._reads = reads
         self._gates: dict[int, Tensor] = {}
-        self._total = np.zeros(deps.n_channels)
-        self._seen = np.zeros(deps.n_channels, dtype=bool)
+        self._total = np.zeros(len(hidden))
+        self._gated = np.zeros(len(hidden), dtype=bool)
         for read in reads:
-            self._seen[read.value.channels[read.value.channels >= 0]] = True
+            self._gated[read.value.channels[read.value.channels >= 0]] = True
+        self._gated &= ~hidden
 
     def apply(self, index: int, value: Any) -> Tensor:
         """A value behind a new gate, which is open."""
@@ -161,8 +162,8 @@ class GateSums:
         self._total += once**2
 
     def result(self, batches: int) -> FloatArray:
-        """Mean over batches, NaN for channels that no gate was for."""
-        return np.where(self._seen, self._total / max(batches, 1), np.nan)
+        """Mean over batches, NaN for channels with a reader that no gate was for."""
+        return np.where(self._gated, self._total / max(batches, 1), np.nan)
 
 
 class _Slot:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError, ExampleInputError, FxpruneError, NonFiniteError
 from fxprune.importance.accumulate import ActivationSums, GateSums, GradientSums
 from fxprune.importance.evidence import NEEDS, Evidence, Loss, check_evidence
-from fxprune.importance.reads import Read, activations, channel_reads
+from fxprune.importance.reads import activations, channel_reads
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
@@ -123,12 +123,10 @@ class _Collector:
     def __init__(self, deps: DependencyGraph, wanted: set[str], loss: Loss | None) -> None:
         self.deps, self.loss = deps, loss
         self.activations = self.gates = self.gradients = None
-        reads: Sequence[Read] = ()
         if wanted & {"activations", "ranks"}:
             self.activations = ActivationSums(activations(deps), ranks="ranks" in wanted)
         if "gates" in wanted:
-            reads = channel_reads(deps)
-            self.gates = GateSums(deps, reads)
+            self.gates = GateSums(*channel_reads(deps))
         if "gradients" in wanted:
             self.gradients = GradientSums(deps)
         self._model = deps.traced.graph_module

@@ -63,8 +63,8 @@ class Evidence:
         activations: one per value that is the activation of some channels, in the order of the
             graph; None if they were not asked for.
         gates: mean over batches of the squared derivative of the loss with respect to a factor on
-            everything that readers of a channel get, [n_channels]; NaN for channels without one;
-            None if they were not asked for.
+            everything that readers of a channel get, [n_channels]; NaN for channels that nothing
+            reads, or that a layer reads inside itself; None if they were not asked for.
         gradients: None if they were not asked for.
     """
 

@@ -92,7 +92,8 @@ class GateTaylor:
     Source: Molchanov, Mallya, Tyree, Frosio, Kautz, Importance Estimation for Neural Network
         Pruning, CVPR 2019, arXiv:1906.10771 (Taylor-FO, Taylor-FO-BN).
     Differs: one gate per channel acts on all of its readers at once, which is what removing the
-        channel does; the paper places gates behind batch norms. Channels without a gate leave last.
+        channel does; the paper places gates behind batch norms. Channels that
+        a layer reads inside itself (hidden states), or that nothing reads, leave last.
 
     Attributes:
         batches: samples with targets, see ``collect_evidence``; or the ``Evidence`` of an earlier

@@ -51,15 +51,25 @@ class Read:
     value: Carried
 
 
-def channel_reads(deps: DependencyGraph) -> list[Read]:
-    """Every read of prunable channels: a node that sums over them, in the order of the graph."""
-    read = _summed(deps)
+def channel_reads(deps: DependencyGraph) -> tuple[list[Read], BoolArray]:
+    """Every read of prunable channels: a node that sums over them, in the order of the graph.
+
+    Returns:
+        The reads, and [n_channels] which channels are also read where no value of the graph shows
+        them, such as the hidden state inside a recurrent layer.
+    """
+    read, hidden = _summed(deps)
     found: list[Read] = []
     for node in deps.traced.graph_module.graph.nodes:
-        for source in node.all_input_nodes if node.name in read else ():
+        if node.name not in read:
+            continue
+        unshown = read[node.name].copy()
+        for source in node.all_input_nodes:
             for value in _carried(deps, source):
                 found += _only(node.name, value, read[node.name])
-    return found
+                unshown[value.channels[value.channels >= 0]] = False
+        hidden |= unshown
+    return found, hidden
 
 
 def activations(deps: DependencyGraph) -> list[Read]:
@@ -69,10 +79,11 @@ def activations(deps: DependencyGraph) -> list[Read]:
     """
     nodes = {n.name: n for n in deps.traced.graph_module.graph.nodes}
     operators = _operators(deps)
+    busy = {deps.traced.records[index].node for index in _contracting(deps)}
     wanted: dict[str, BoolArray] = defaultdict(lambda: np.zeros(deps.n_channels, dtype=bool))
     first: dict[str, str] = {}
-    for read in channel_reads(deps):
-        at, source = _unpooled(deps, nodes[read.node], nodes[read.value.node], operators)
+    for read in channel_reads(deps)[0]:
+        at, source = _unpooled(deps, nodes[read.node], nodes[read.value.node], operators, busy)
         first.setdefault(source.name, at.name)
         _mark(wanted[source.name], [read.value.channels])
     return [
@@ -90,27 +101,43 @@ def _only(node: str, value: Carried, wanted: BoolArray) -> Iterator[Read]:
         yield Read(node, Carried(value.node, value.axes, np.where(mine, value.channels, -1)))
 
 
-def _summed(deps: DependencyGraph) -> dict[str, BoolArray]:
-    """Per graph node, the prunable channels that an operator of it sums over, [n_channels]."""
+def _summed(deps: DependencyGraph) -> tuple[dict[str, BoolArray], BoolArray]:
+    """Per graph node the prunable channels that an operator of it sums over, [n_channels].
+
+    And which channels are summed over where the node computed them itself from another sum.
+    """
     found: dict[str, BoolArray] = defaultdict(lambda: np.zeros(deps.n_channels, dtype=bool))
+    hidden = np.zeros(deps.n_channels, dtype=bool)
     on_axes: dict[str, list[IntArray]] = defaultdict(list)
     for axis in deps.axes:
         on_axes[axis.name].append(axis.channels)
-    records, ledger = deps.traced.records, deps.ledger
-    for index in dict.fromkeys(c.record for c in ledger.contractions):
-        if index in ledger.group_counts:
-            continue  # depthwise: the channel goes on
-        weights, others = (np.zeros(deps.n_channels, dtype=bool) for _ in range(2))
-        for ref in _refs(records[index]):
-            name = deps.traced.values[ref.id].name
-            labelled = (deps.channel_of[f.labels] for f in ledger.values.get(ref.id, ()))
-            carried = on_axes[name] if name else labelled
-            _mark(weights if name or ref.id in ledger.weights else others, carried)
-        found[records[index].node] |= weights & others
-    for read in ledger.reads:
+    contracting = _contracting(deps)
+    node, inner = "", set[int]()  # values that the running node computed from a sum
+    for index, record in enumerate(deps.traced.records):
+        if record.node != node:
+            node, inner = record.node, set()
+        refs = list(_refs(record))
+        if contracting.get(index):
+            weights, others = (np.zeros(deps.n_channels, dtype=bool) for _ in range(2))
+            for ref in refs:
+                name = deps.traced.values[ref.id].name
+                factors = deps.ledger.values.get(ref.id, ())
+                carried = on_axes[name] if name else [deps.channel_of[f.labels] for f in factors]
+                _mark(weights if name or ref.id in deps.ledger.weights else others, carried)
+            mine = hidden if inner & {r.id for r in refs} else found[node]
+            mine |= weights & others
+        if index in contracting or inner & {r.id for r in refs}:
+            inner |= {r.id for r in record.outputs if r is not None}
+    for read in deps.ledger.reads:
         if read.exact:
             _mark(found[read.node], [deps.channel_of[read.labels]])
-    return {node: channels for node, channels in found.items() if channels.any()}
+    return {name: channels for name, channels in found.items() if channels.any()}, hidden
+
+
+def _contracting(deps: DependencyGraph) -> dict[int, bool]:
+    """Records that multiply and sum, and whether channels end there: not if each has a filter."""
+    records = (c.record for c in deps.ledger.contractions)
+    return {index: index not in deps.ledger.group_counts for index in records}
 
 
 def _mark(mask: BoolArray, carried: Iterable[IntArray]) -> None:
@@ -133,10 +160,9 @@ def _carried(deps: DependencyGraph, node: fx.Node) -> Iterator[Carried]:
 
 
 def _unpooled(
-    deps: DependencyGraph, node: fx.Node, source: fx.Node, operators: dict[str, str]
+    deps: DependencyGraph, node: fx.Node, source: fx.Node, operators: dict[str, str], busy: set[str]
 ) -> tuple[fx.Node, fx.Node]:
     """Where a chain of pools, means over space and reshapes in front of a reader starts."""
-    busy = {deps.traced.records[c.record].node for c in deps.ledger.contractions}
     while source.name not in busy:
         before = [(n, c) for n in source.all_input_nodes for c in _carried(deps, n)]
         after = list(_carried(deps, source))

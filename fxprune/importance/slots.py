@@ -66,7 +66,8 @@ class Pool:
         window = slice(low, low + len(sums))
         there = np.bincount(at - low) > 0
         before, count = self._total[window], self._count[window]
-        new = self._combine(before, sums if each is None else each(sums), count)
+        with np.errstate(over="ignore"):  # result() refuses what became infinite
+            new = self._combine(before, sums if each is None else each(sums), count)
         self._total[window] = np.where(there, new, before)
         self._count[window] += there
 
@@ -182,7 +183,8 @@ def _summed_behind(values: torch.Tensor, last_axis: int) -> torch.Tensor:
 def per_position(sizes: torch.Tensor, axis: ParameterAxis) -> FloatArray:
     """Sums over all axes but one; those behind the last channel axis may be summed already."""
     if axis.blocks > 1:
-        values = sizes.reshape(axis.blocks, -1, sizes.shape[1]).sum(1).flatten()
+        columns = sizes.flatten(2).sum(-1) if sizes.ndim > 2 else sizes
+        values = columns.unflatten(0, (axis.blocks, -1)).sum(1).flatten()
     else:
         others = [k for k in range(sizes.ndim) if k != axis.axis]
         values = sizes.sum(others) if others else sizes
