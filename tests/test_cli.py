@@ -179,9 +179,20 @@ def test_the_same_call_writes_the_same_bytes_and_another_seed_does_not(run, prun
     assert files(Path("other"))["model.safetensors"] != files(pruned)["model.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["cpmc", "l1", "l2", "random"])
+CHOSEN = {
+    "cpmc": fp.CPMC(),
+    "l1": fp.L1(),
+    "l2": fp.L2(),
+    "lamp": fp.LAMP(),
+    "fpgm": fp.FPGM(),
+    "bn-scale": fp.BatchNormScale(),
+    "random": fp.Random(seed=3),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
 def test_every_criterion_can_be_chosen(name, run):
-    criterion = {"cpmc": fp.CPMC(), "l1": fp.L1(), "l2": fp.L2(), "random": fp.Random(seed=3)}[name]
+    criterion = CHOSEN[name]
     run("prune", "tiny_nets:net", *HALF, "--importance", name, "--seed", 3, "--out", "slim")
     expected = fp.prune(model_of(seed=3), image(), flops="50%", importance=criterion).plan
     assert fp.PruningPlan.load("slim/plan.json").axes == expected.axes

@@ -146,7 +146,26 @@ def test_files_that_are_not_right_are_refused_and_run_no_code(kind, message, cap
     assert not Path("ran").exists()
 
 
-def test_reconstruction_as_importance_needs_samples(capsys):
-    status, _, err = prune(capsys, "--importance", "reconstruction")
+CALIBRATED = {"apoz": fp.APoZ, "mean-response": fp.MeanResponse, "hrank": fp.HRank}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_criteria_that_look_at_activations_get_the_samples(name, capsys):
+    WRITE["x.pt"](samples())
+    status, _, err = prune(
+        capsys, "--importance", name, "--calibration", "x.pt", "--out", "slim", "--json"
+    )
+    assert status == 0, err
+    torch.manual_seed(0)
+    scope = {}
+    exec(NETS, scope)
+    x = samples()
+    expected = fp.prune(scope["net"](), x[:2], flops=0.5, importance=CALIBRATED[name](x)).plan
+    assert fp.PruningPlan.load("slim/plan.json").axes == expected.axes
+
+
+@pytest.mark.parametrize("name", ["reconstruction", *CALIBRATED])
+def test_importance_by_samples_needs_samples(name, capsys):
+    status, _, err = prune(capsys, "--importance", name)
     assert status == 2
-    assert "--calibration FILE" in err
+    assert f"--importance {name} needs samples: --calibration FILE" in err

@@ -1,11 +1,12 @@
 """Calibration batches: what users hand in, checked and brought to one form."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import describe
 from fxprune.errors import ArgumentError, NonFiniteError
@@ -34,21 +35,51 @@ def collect(
         ArgumentError: there is no batch, or a batch does not fit the inputs of the model.
         NonFiniteError: a batch holds NaN or infinity.
     """
-    given = as_list(batches)
-    nodes = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    defaults = {str(n.target): n.args[0] for n in nodes if n.args}
-    if example is not None:  # an input with a default that the example supplies is needed too
-        values = {str(n.target): x for n, x in zip(nodes, example, strict=True)}
-        defaults = {k: values[k] for k in defaults if not isinstance(values[k], torch.Tensor)}
-    names = [str(n.target) for n in nodes]
-    device = next((t.device for t in graph_module.state_dict().values()), torch.device("cpu"))
-    found = []
-    for k, item in enumerate(given):
-        bound = defaults | _bound(item, names, [n for n in names if n not in defaults], k)
+    given, reader = as_list(batches), Reader(graph_module, example)
+    return [reader.inputs(item, k) for k, item in enumerate(given)]
+
+
+class Reader:
+    """Takes batches apart: see ``collect``."""
+
+    def __init__(self, graph_module: fx.GraphModule, example: Inputs | None = None) -> None:
+        nodes = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        self._defaults = {str(n.target): n.args[0] for n in nodes if n.args}
+        if example is not None:  # an input with a default that the example supplies is needed too
+            values = {str(n.target): x for n, x in zip(nodes, example, strict=True)}
+            self._defaults = {
+                k: values[k] for k in self._defaults if not isinstance(values[k], torch.Tensor)
+            }
+        self._names = [str(n.target) for n in nodes]
+        self._required = [n for n in self._names if n not in self._defaults]
+        tensors = graph_module.state_dict().values()
+        self._device = next((t.device for t in tensors), torch.device("cpu"))
+
+    def inputs(self, item: Any, k: int) -> Inputs:
+        """One value per input of the model, from batch number ``k``."""
+        bound = self._defaults | _bound(item, self._names, self._required, k)
         _check_tensors(bound, k)
-        found.append(tuple(bound[n] for n in names))
-    moved = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device), found)
-    return list(moved)
+        moved: Inputs = self._moved(tuple(bound[n] for n in self._names))
+        return moved
+
+    def pair(self, item: Any, k: int) -> tuple[Inputs, Any]:
+        """Inputs, and what a loss compares the output with.
+
+        That is what follows the inputs in a tuple (None, the one thing, or a tuple of several), the
+        second of ``(inputs, targets)``, or all of a dict.
+        """
+        targets: Any = item if isinstance(item, Mapping) else None
+        if isinstance(item, (tuple, list)):
+            if len(item) == 2 and isinstance(item[0], (tuple, list, Mapping)):
+                item, targets = item
+            else:
+                rest = tuple(item[len(self._required) :])
+                targets = rest[0] if len(rest) == 1 else rest or None
+        return self.inputs(item, k), self._moved(targets)
+
+    def _moved(self, tree: Any) -> Any:
+        """Tensors without their history, on the model's device."""
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(self._device), tree)
 
 
 def as_list(batches: Any) -> list[Any]:
@@ -57,18 +88,28 @@ def as_list(batches: Any) -> list[Any]:
     Raises:
         ArgumentError: there is none, or this is nothing to read batches from.
     """
+    return list(one_by_one(batches))
+
+
+def one_by_one(batches: Any) -> Iterator[Any]:
+    """The batches, each read when it is needed: memory does not grow with their number.
+
+    Raises:
+        ArgumentError: there is none, or this is nothing to read batches from.
+    """
     if isinstance(batches, torch.Tensor):
-        return list(batches.split(CHUNK)) if batches.dim() and len(batches) else _refuse_nothing()
+        batches = batches.split(CHUNK) if batches.dim() and len(batches) else ()
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
         raise ArgumentError(f"calibration is {describe(batches)}; {NEEDED}")
-    return list(batches) or _refuse_nothing()
-
-
-def _refuse_nothing() -> list[Any]:
-    raise ArgumentError(
-        "calibration holds no batch (a generator can be read only once); a few hundred samples are "
-        "a good number"
-    )
+    empty = True
+    for item in batches:
+        empty = False
+        yield item
+    if empty:
+        raise ArgumentError(
+            "calibration holds no batch (a generator can be read only once); a few hundred samples "
+            "are a good number"
+        )
 
 
 def required_inputs(model: nn.Module, item: Any) -> Any:

@@ -12,6 +12,7 @@ import fxprune as fp
 from fxprune.cli.calibration import read_calibration
 from fxprune.cli.data import inspection, outcome, verdict_data
 from fxprune.cli.models import build, example_inputs, recorded_inputs
+from fxprune.cli.options import CALIBRATED, CRITERIA
 from fxprune.errors import ArgumentError
 from fxprune.export.save import PLAN_FILE, check_target
 
@@ -27,12 +28,12 @@ def _prune(options: argparse.Namespace) -> tuple[bool, str]:
     if options.out is not None:
         check_target(options.out, overwrite=options.force)
     calibration = None if options.calibration is None else read_calibration(options.calibration)
-    if options.importance == "reconstruction" and calibration is None:
-        raise ArgumentError("--importance reconstruction needs samples: --calibration FILE")
+    if options.importance in (*CALIBRATED, "reconstruction") and calibration is None:
+        raise ArgumentError(f"--importance {options.importance} needs samples: --calibration FILE")
     model, inputs = _model(options.model, options)
     _say(f"pruning {options.model}")
     start = time.perf_counter()
-    arguments = _prune_arguments(options)
+    arguments = _prune_arguments(options, calibration)
     result = fp.prune(model, inputs, calibration=calibration, **arguments)
     _say(f"pruned in {time.perf_counter() - start:.2f} s")
     if options.out is not None:
@@ -76,17 +77,16 @@ def _traced(
     return fp.trace(model, inputs, options.frontend)
 
 
-def _prune_arguments(options: argparse.Namespace) -> dict[str, Any]:
+def _prune_arguments(options: argparse.Namespace, calibration: Any) -> dict[str, Any]:
     """Options that were given, by the names that ``prune`` has for them; its defaults else."""
     names = "flops params ignore round_to min_channels max_ratio approximate frontend"
     chosen = {name: getattr(options, name) for name in names.split()}
-    criteria: dict[str, Callable[[], Any]] = {
-        "cpmc": fp.CPMC,
-        "l1": fp.L1,
-        "l2": fp.L2,
-        "random": lambda: fp.Random(seed=options.seed),
-    }
-    importance = criteria[options.importance]() if options.importance in criteria else None
+    name, importance = options.importance, None
+    if name in CRITERIA:
+        given = {"seed": options.seed} if name == "random" else {}
+        importance = getattr(fp, CRITERIA[name])(**given)
+    elif name in CALIBRATED:
+        importance = getattr(fp, CALIBRATED[name])(calibration)
     return {name: value for name, value in chosen.items() if value is not None} | {
         "importance": importance,
         "verify": not options.no_verify,

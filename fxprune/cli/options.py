@@ -24,6 +24,19 @@ exit status
 """
 
 
+# Name of every criterion that needs no labels, and the class behind it.
+CRITERIA = {
+    "cpmc": "CPMC",
+    "l1": "L1",
+    "l2": "L2",
+    "lamp": "LAMP",
+    "fpgm": "FPGM",
+    "bn-scale": "BatchNormScale",
+    "random": "Random",
+}
+CALIBRATED = {"apoz": "APoZ", "mean-response": "MeanResponse", "hrank": "HRank"}
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of ``fxprune``; the result has the name of the command in ``command``."""
     root = argparse.ArgumentParser(
@@ -75,8 +88,11 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
     budget.add_argument("--params", metavar="SHARE", help=share.format("parameters"))
     budget.add_argument(
         "--importance",
-        choices=("cpmc", "l1", "l2", "random", "reconstruction"),
-        help="how channels are ranked (default: cpmc, or reconstruction with --calibration)",
+        choices=(*CRITERIA, *CALIBRATED, "reconstruction"),
+        metavar="NAME",
+        help=f"how channels are ranked: {', '.join(CRITERIA)}; with --calibration also "
+        f"{', '.join(CALIBRATED)}, reconstruction (default: cpmc, or reconstruction with "
+        "--calibration)",
     )
     budget.add_argument(
         "--calibration",

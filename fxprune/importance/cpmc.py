@@ -1,6 +1,7 @@
 """CPMC: weight value with dependency, MACs and parameters, normalised over the whole network."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +9,19 @@ import torch
 
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError
-from fxprune.importance.criterion import FloatArray, magnitudes
+from fxprune.importance.criterion import FloatArray, check_choice
+from fxprune.importance.normalise import divided, normalised
+from fxprune.importance.slots import over_weights
 from fxprune.ops.ledger import Role
 
 _COMBINATIONS = ("additive", "ratio")
 _NORMALISATIONS = ("max", "mean", "minmax")
+_WITHIN: dict[str, Callable[[FloatArray], float]] = {
+    "none": lambda x: 1.0,
+    "l1": lambda x: float(np.abs(x).sum()),
+    "l2": lambda x: float(np.linalg.norm(x)),
+    "max": lambda x: float(x.max()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class CPMC:
         params: weight (additive) or exponent (ratio) of P.
         norm: 1 or 2: absolute values or squares.
         mean: average the weights of each slice instead of summing them.
+        within: divide V by its norm over the group first: ``none``, ``l1``, ``l2`` or ``max``.
         normalise: ``max``, ``mean`` or ``minmax``, over the whole network.
         affine: count biases and normalisation scales in V too.
     """
@@ -51,6 +61,7 @@ class CPMC:
     params: float = 1.0
     norm: int = 1
     mean: bool = False
+    within: str = "none"
     normalise: str = "max"
     affine: bool = False
 
@@ -58,11 +69,11 @@ class CPMC:
         """Refuse option values that mean nothing."""
         for name, chosen, known in (
             ("combination", self.combination, _COMBINATIONS),
+            ("within", self.within, _WITHIN),
             ("normalise", self.normalise, _NORMALISATIONS),
             ("norm", self.norm, (1, 2)),
         ):
-            if chosen not in known:
-                raise ArgumentError(f"CPMC {name}={chosen!r} is unknown; choose one of {known}")
+            check_choice(f"CPMC {name}", chosen, known)
         for name in ("value", "macs", "params"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ArgumentError(f"CPMC {name}={getattr(self, name)!r} has to be 0 or more")
@@ -71,9 +82,14 @@ class CPMC:
         """Scores [n_channels], larger = keep."""
         if not deps.n_channels:
             return torch.zeros(0, dtype=torch.float64)
-        v = self._normalised(self.weight_value(deps))
-        f = self._normalised(deps.macs.marginal())
-        p = self._normalised(deps.params.marginal())
+        value = self.weight_value(deps)
+        for group in deps.groups:
+            inside = value[group.channels]
+            value[group.channels] = divided(inside, _WITHIN[self.within](inside))
+        v, f, p = (
+            normalised(deps, x, self.normalise, "network")
+            for x in (value, deps.macs.marginal(), deps.params.marginal())
+        )
         if self.combination == "additive":
             scores = self.value * v + self.macs * (1 - f) + self.params * (1 - p)
         else:
@@ -84,14 +100,10 @@ class CPMC:
     def weight_value(self, deps: DependencyGraph) -> FloatArray:
         """V before normalisation, [n_channels]."""
         roles = [Role.PRODUCER, Role.DEPTHWISE, Role.CONSUMER]
-        return magnitudes(
-            deps, [*roles, Role.AFFINE] if self.affine else roles, self.norm, mean=self.mean
+        return over_weights(
+            deps,
+            [*roles, Role.AFFINE] if self.affine else roles,
+            lambda name, w: w.abs() if self.norm == 1 else w.square(),
+            mean=self.mean,
+            missing=0.0,
         )
-
-    def _normalised(self, x: FloatArray) -> FloatArray:
-        if self.normalise == "minmax":
-            low, span = x.min(), x.max() - x.min()
-        else:
-            low, span = 0.0, x.max() if self.normalise == "max" else x.mean()
-        normalised: FloatArray = (x - low) / span if span > 0 else np.zeros_like(x)
-        return normalised

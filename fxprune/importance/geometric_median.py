@@ -1,0 +1,78 @@
+"""FPGM: filters that the others can stand in for."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fxprune.coupling.graph import DependencyGraph
+from fxprune.importance.criterion import PRODUCERS, FloatArray, Roles, check_choice, check_roles
+from fxprune.importance.slots import REDUCTIONS, Pool, check_finite, rows, weight_data
+from fxprune.ops.labels import IntArray
+
+_CELLS = 2**24  # of float64 that are worked on at a time
+
+
+@dataclass(frozen=True, slots=True)
+class FPGM:
+    """Sum of the distances of a filter to all others of its layer: small near their median.
+
+        I(c) = sum over u of |W_c - W_u|
+
+    Shapes: [n_channels], float64. Units: weights.
+    Source: He, Liu, Wang, Hu, Yang, Filter Pruning via Geometric Median, CVPR 2019,
+        arXiv:1811.00250.
+    Differs: filters are compared with those of the same group and slot only. Torch-Pruning takes
+        the distances of ``|W| ** p``, this criterion those of W, as in the paper.
+
+    Time grows with the square of the width of a layer.
+
+    Attributes:
+        roles: which slots of a channel count.
+        reduction: how several slots become one number.
+    """
+
+    roles: Roles = PRODUCERS
+    reduction: str = "sum"
+
+    def __post_init__(self) -> None:
+        """Refuse option values that mean nothing."""
+        check_roles("FPGM", self.roles)
+        check_choice("FPGM reduction", self.reduction, REDUCTIONS)
+
+    def __call__(self, deps: DependencyGraph) -> torch.Tensor:
+        """Scores [n_channels], larger = keep."""
+        pool = Pool(deps.n_channels, self.reduction)
+        for group in deps.groups:
+            for slot in group.slots:
+                axis = slot.parameter
+                parameter = isinstance(deps.tensors[axis.name], torch.nn.Parameter)
+                if parameter and axis.role in self.roles:
+                    filters = rows(weight_data(deps, axis.name), axis)
+                    distances = summed_distances(filters, slot.positions)
+                    check_finite(deps, axis.name, distances)
+                    pool.add(group.channels, distances)
+        return torch.from_numpy(pool.result())
+
+
+def summed_distances(filters: torch.Tensor, positions: IntArray) -> FloatArray:
+    """Per row of ``positions``, the sum of Euclidean distances to all other rows.
+
+    Args:
+        filters: [all positions, weights].
+        positions: [n, k]; the k filters of a row are one vector.
+
+    Returns:
+        [n], float64.
+    """
+    n, k = positions.shape
+    at = torch.from_numpy(positions).to(filters.device)
+    gram = torch.zeros(n, n, dtype=torch.float64, device=filters.device)
+    for part in filters.split(max(_CELLS // (n * k), 1), 1):
+        vectors = part[at.flatten()].double().view(n, -1)
+        vectors -= vectors.mean(0)  # distances stay, and cancellation is less
+        gram += vectors @ vectors.T
+    squares = gram.diagonal()
+    distances = (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0).sqrt()
+    distances.fill_diagonal_(0)
+    return np.asarray(distances.sum(1).cpu().numpy())
