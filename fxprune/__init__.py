@@ -28,6 +28,7 @@ from fxprune.errors import (
 )
 from fxprune.export import apply_plan, load, save
 from fxprune.importance import CPMC, L1, L2, Random
+from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
 from fxprune.planning import PruningPlan, plan
@@ -82,6 +83,7 @@ __all__ = [
     "Group",
     "HGSRResult",
     "HierarchicalSparsity",
+    "LatencyTable",
     "LowRankLayer",
     "LowRankResult",
     "NonFiniteError",
@@ -102,7 +104,9 @@ __all__ = [
     "decompose_spatial",
     "factorize_linear",
     "finetune",
+    "latency_ratio",
     "load",
+    "measure_latency",
     "plan",
     "prune",
     "recalibrate",
