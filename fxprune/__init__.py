@@ -46,6 +46,7 @@ from fxprune.importance import (
     collect_evidence,
 )
 from fxprune.iterative import prune_iteratively
+from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
 from fxprune.planning import Optimal, PruningPlan, plan
@@ -108,6 +109,7 @@ __all__ = [
     "HGSRResult",
     "HRank",
     "HierarchicalSparsity",
+    "LatencyTable",
     "LowRankLayer",
     "LowRankResult",
     "MeanResponse",
@@ -133,7 +135,9 @@ __all__ = [
     "decompose_spatial",
     "factorize_linear",
     "finetune",
+    "latency_ratio",
     "load",
+    "measure_latency",
     "plan",
     "prune",
     "prune_iteratively",

@@ -1,0 +1,116 @@
+"""Measure how long a call or a model takes."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from fxprune.capture.inputs import bind_inputs
+from fxprune.capture.state import attributes_kept
+from fxprune.errors import ArgumentError
+
+Run = Callable[[], Any]
+
+
+def median_seconds(run: Run, min_run_time: float) -> float:
+    """Median seconds of one call, over blocks of calls that take ``min_run_time`` in all.
+
+    On CUDA every block ends with a synchronisation. The first calls, in which kernels are chosen
+    and memory is set aside, are left out.
+    """
+    with torch.inference_mode():
+        for _ in range(2):
+            run()
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        return float(timer.blocked_autorange(min_run_time=min_run_time).median)
+
+
+def interleaved(runs: list[Run], rounds: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Seconds of each call in each round, [rounds, calls].
+
+    In every round each call runs once, so what disturbs the machine for a while disturbs all of
+    them alike. The order turns from round to round: nobody always comes after the same other.
+    """
+    timers = [
+        Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for run in runs
+    ]
+    seconds = np.empty((rounds, len(runs)))
+    with torch.inference_mode():
+        for run in runs:
+            for _ in range(2):
+                run()
+        for k in range(rounds):
+            for j in np.roll(np.arange(len(runs)), -k).tolist():
+                seconds[k, j] = timers[j].timeit(1).median
+    return seconds
+
+
+@contextlib.contextmanager
+def ready(model: nn.Module, inputs: Any) -> Iterator[Run]:
+    """A call of the model in evaluation mode, without gradients; then the model is as it was."""
+    bound = bind_inputs(model, inputs)
+    modes = [(m, m.training) for m in model.modules()]
+    state = [(b, b.clone()) for b in model.buffers()]
+    with attributes_kept(model):
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield lambda: model(*bound.args, **bound.kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, content in state:
+                    if not torch.equal(buffer, content):
+                        buffer.copy_(content)
+
+
+def measure_latency(model: nn.Module, inputs: Any, *, min_run_time: float = 1.0) -> float:
+    """Median seconds of one run of a model in evaluation mode, without gradients.
+
+    Runs where the model and the inputs are, on the threads that PyTorch uses. The model is left
+    as it was.
+
+    Args:
+        model: any module.
+        inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        min_run_time: seconds to measure for, at least.
+
+    Raises:
+        ExampleInputError: the inputs do not fit the model.
+        ArgumentError: ``min_run_time`` is not positive.
+    """
+    if not min_run_time > 0:
+        raise ArgumentError(f"min_run_time={min_run_time!r} has to be positive, in seconds")
+    with ready(model, inputs) as run:
+        return median_seconds(run, min_run_time)
+
+
+def latency_ratio(
+    slim: nn.Module, model: nn.Module, inputs: Any, *, rounds: int = 30
+) -> tuple[float, float, float]:
+    """Latency of two models that run in turns, so that noise of the machine hits both.
+
+    Args:
+        slim: one model.
+        model: the other.
+        inputs: as in ``measure_latency``, for both.
+        rounds: how often each runs.
+
+    Returns:
+        The median of ``slim / model`` over the rounds, and the median seconds of both.
+
+    Raises:
+        ExampleInputError: the inputs do not fit a model.
+        ArgumentError: ``rounds`` is not positive.
+    """
+    if rounds < 1:
+        raise ArgumentError(f"rounds={rounds!r} has to be at least 1")
+    with ready(slim, inputs) as first, ready(model, inputs) as second:
+        seconds = interleaved([first, second], rounds)
+    small, large = np.median(seconds, axis=0)
+    return float(np.median(seconds[:, 0] / seconds[:, 1])), float(small), float(large)
