@@ -17,10 +17,12 @@ from fxprune.importance import CPMC, Criterion
 from fxprune.planning import Allocation, PruningPlan, plan
 from fxprune.planning.budget import Share, parse_share
 from fxprune.planning.build import check_budgets
+from fxprune.planning.request import LatencySource
 from fxprune.recovery import Reconstruction, ReconstructionError, reconstruct_model
 from fxprune.recovery.channel_pruning import Guards, Ratios, prune_channels
 from fxprune.recovery.criterion import REFITS
 from fxprune.rewrite import rewrite
+from fxprune.timed import on_the_clock
 from fxprune.verify import Verdict, verify
 
 
@@ -66,12 +68,14 @@ def prune(
     flops: Share | None = None,
     params: Share | None = None,
     memory: Share | None = None,
+    latency: Share | None = None,
+    latency_table: LatencySource | None = None,
     ratios: Mapping[str | int, Share] | Share | None = None,
     importance: Criterion | None = None,
     allocation: str | Allocation = "global",
     calibration: Any = None,
     ignore: Iterable[str] = (),
-    round_to: int = 1,
+    round_to: int | None = None,
     min_channels: int = 1,
     max_ratio: float | Mapping[str | int, float] = 0.9,
     approximate: bool = True,
@@ -91,6 +95,10 @@ def prune(
         flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
         params: share of the parameters to keep at most.
         memory: share of the peak memory of activations to keep at most.
+        latency: share of the latency on the example inputs to keep. Times of operators are measured
+            on this device, and the slim model beside the original, until it holds.
+        latency_table: times to go by instead, such as those of another device; then the slim model
+            is not measured.
         ratios: share of its channels to keep, per group, or one share for all groups.
         importance: a criterion; default ``CPMC()``, or ``ReconstructionError`` with
             ``calibration``.
@@ -98,7 +106,7 @@ def prune(
             iterable of batches, or one tensor of samples. See ``reconstruct``.
         allocation: how budgets are shared out between groups, see ``plan``.
         ignore: layers whose shape must not change: names, containers, or globs.
-        round_to: widths of groups become multiples of this.
+        round_to: widths of groups become multiples of this, see ``plan``.
         min_channels: every group keeps at least so many channels.
         max_ratio: largest share of a group that may be removed, one for all or by group.
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too.
@@ -116,6 +124,8 @@ def prune(
         "flops": flops,
         "params": params,
         "memory": memory,
+        "latency": latency,
+        "latency_table": latency_table,
         "ratios": ratios,
         "allocation": allocation,
         "ignore": ignore,
@@ -148,8 +158,17 @@ def prune_traced(
     def run(captured: TracedModel) -> PruneResult:
         deps = analyze(captured)
         check_budgets(deps, **options)
-        chosen = plan(deps, criterion(deps), **options)
-        slim = _slimmed(captured, chosen, model, example_inputs)
+        scores = criterion(deps)
+
+        def slimmed(share: Share | None) -> tuple[PruningPlan, nn.Module]:
+            chosen = plan(deps, scores, **{**options, "latency": share})
+            return chosen, _slimmed(captured, chosen, model, example_inputs)
+
+        goal = options.get("latency")
+        if goal is not None and options.get("latency_table") is None:
+            chosen, slim = on_the_clock(captured, slimmed, parse_share(goal, "latency"))
+        else:
+            chosen, slim = slimmed(goal)
         verdict = _verified(captured, slim, chosen) if check else None
         result = PruneResult(slim, chosen, verdict, deps, captured)
         return result if batches is None else reconstruct(result, batches)

@@ -11,6 +11,7 @@ from torch import nn
 from fxprune.api import PruneResult, prune_traced
 from fxprune.capture import trace
 from fxprune.capture.batches import as_list
+from fxprune.cost import Cost
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError
 from fxprune.importance import Criterion
@@ -20,7 +21,14 @@ from fxprune.planning.budget import BoolArray, Share
 from fxprune.planning.build import describe
 from fxprune.planning.check import kept_channels
 from fxprune.planning.compose import original_channels
-from fxprune.planning.request import COSTS, Request, kept_of, read_request, refuse_unreachable
+from fxprune.planning.request import (
+    LatencySource,
+    Request,
+    kept_of,
+    read_request,
+    refuse_unreachable,
+)
+from fxprune.planning.units import FloatArray
 
 Train = Callable[[nn.Module, int], nn.Module | None]
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -39,12 +47,14 @@ def prune_iteratively(
     flops: Share | None = None,
     params: Share | None = None,
     memory: Share | None = None,
+    latency: Share | None = None,
+    latency_table: LatencySource | None = None,
     ratios: Mapping[str | int, Share] | Share | None = None,
     importance: Criterion | None = None,
     calibration: Any = None,
     allocation: str | Allocation = "global",
     ignore: Iterable[str] = (),
-    round_to: int = 1,
+    round_to: int | None = None,
     min_channels: int = 1,
     max_ratio: float | Mapping[str | int, float] = 0.9,
     approximate: bool = True,
@@ -68,6 +78,8 @@ def prune_iteratively(
         flops: see ``prune``.
         params: see ``prune``.
         memory: see ``prune``.
+        latency: see ``plan``: as predicted for the original, whose operators are measured once.
+        latency_table: see ``plan``.
         ratios: see ``prune``.
         importance: see ``prune``.
         calibration: see ``prune``.
@@ -107,6 +119,8 @@ def prune_iteratively(
         flops=flops,
         params=params,
         memory=memory,
+        latency=latency,
+        latency_table=latency_table,
         ratios=ratios,
         min_channels=min_channels,
         max_ratio=max_ratio,
@@ -159,8 +173,10 @@ class _Way:
         """
         asked: dict[str, Any] = {}
         for budget in request.budgets:
-            here = COSTS[budget.name][1](self.now).total()
+            here = budget.cost.total(self.alive)
             asked[budget.name] = min(part(budget.share) * budget.cost.total() / here, 1.0)
+            if budget.name == "latency":
+                asked["latency_table"] = _Predicted(budget.cost, request.round_to, self)
         lost = np.bincount(self.deps.group_of[~self.alive], minlength=len(self.deps.groups))
         ratios: dict[str | int, float] = {}
         most: dict[str | int, float] = {}
@@ -190,6 +206,47 @@ class _Way:
         before = original_channels(result.deps, result.plan, now)
         origin = np.where(before >= 0, np.append(self.origin, -1)[before], -1)
         return _Way(self.deps, self.kept(result), now, origin)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Predicted:
+    """Latency of a slim model, from that of the original with the same channels.
+
+    Attributes:
+        whole: latency of the original.
+        round_to: widths that are multiples of this run efficiently.
+        way: how far the steps have come.
+    """
+
+    whole: Cost
+    round_to: int
+    way: _Way
+
+    def cost(self, deps: DependencyGraph) -> Cost:
+        """The latency of the model of now, which ``deps`` is of."""
+        return self
+
+    def total(self, alive: BoolArray | None = None) -> float:
+        """Seconds of one run."""
+        return self.whole.total(self._of_original(alive))
+
+    def marginal(self, alive: BoolArray | None = None) -> FloatArray:
+        """Seconds that removing each channel alone would free, [n_channels]."""
+        return self._of_now(self.whole.marginal(self._of_original(alive)))
+
+    def added(self, alive: BoolArray) -> FloatArray:
+        """Least seconds that keeping each channel in addition would bring, [n_channels]."""
+        return self._of_now(self.whole.added(self._of_original(alive)))
+
+    def _of_original(self, alive: BoolArray | None) -> BoolArray:
+        marks = self.way.alive.copy()
+        if alive is not None:
+            gone = self.way.origin[~alive]
+            marks[gone[gone >= 0]] = False
+        return marks
+
+    def _of_now(self, numbers: FloatArray) -> FloatArray:
+        return np.where(self.way.origin >= 0, np.append(numbers, 0.0)[self.way.origin], 0.0)
 
 
 def _trained(train: Train | None, result: PruneResult, step: int) -> nn.Module:

@@ -98,7 +98,7 @@ def test_optimal_keeps_what_trying_all_widths_keeps(net: str, budgets: dict, see
     assert value(deps, plan, scores) == pytest.approx(best, rel=1e-9)
     assert plan.search["value"] == pytest.approx(best / float(scores.sum()))
     assert plan.search["value_of_greedy"] <= plan.search["value"] + 1e-12
-    assert plan.search["bound"] >= plan.search["value"] - 1e-9
+    assert plan.search["bound"] >= plan.search["value"]
 
 
 @pytest.mark.parametrize("name", ["inception", "grouped_conv", "shuffle_unit", "unet"])
@@ -108,7 +108,7 @@ def test_the_bound_holds_for_every_other_plan(name: str) -> None:
     plan = fp.plan(deps, scores, flops=0.6, allocation=fp.Optimal(widths=3))
     for allocation in ("global", "uniform", "isomorphic", "greedy", fp.Optimal(gap=0.0)):
         other = fp.plan(deps, scores, flops=0.6, allocation=allocation)
-        assert value(deps, other, scores) <= plan.search["bound"] * float(scores.sum()) + 1e-9
+        assert value(deps, other, scores) <= plan.search["bound"] * float(scores.sum())
 
 
 def analysed_zoo(name: str) -> fp.DependencyGraph:

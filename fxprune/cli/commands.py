@@ -79,8 +79,8 @@ def _traced(
 
 def _prune_arguments(options: argparse.Namespace, calibration: Any) -> dict[str, Any]:
     """Options that were given, by the names that ``prune`` has for them; its defaults else."""
-    names = "flops params ignore round_to min_channels max_ratio approximate frontend"
-    chosen = {name: getattr(options, name) for name in names.split()}
+    names = "flops params memory latency allocation ignore round_to min_channels max_ratio"
+    chosen = {name: getattr(options, name) for name in f"{names} approximate frontend".split()}
     name, importance = options.importance, None
     if name in CRITERIA:
         given = {"seed": options.seed} if name == "random" else {}

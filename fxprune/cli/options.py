@@ -86,6 +86,15 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
     share = "share of the {} to keep at most: 0.5 or 50%%"
     budget.add_argument("--flops", metavar="SHARE", help=share.format("MACs"))
     budget.add_argument("--params", metavar="SHARE", help=share.format("parameters"))
+    budget.add_argument("--memory", metavar="SHARE", help=share.format("peak activation memory"))
+    budget.add_argument(
+        "--latency", metavar="SHARE", help=share.format("latency, measured on this device,")
+    )
+    budget.add_argument(
+        "--allocation",
+        choices=("global", "uniform", "isomorphic", "greedy", "optimal"),
+        help="how budgets are shared out between groups (default: global)",
+    )
     budget.add_argument(
         "--importance",
         choices=(*CRITERIA, *CALIBRATED, "reconstruction"),

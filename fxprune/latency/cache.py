@@ -13,6 +13,11 @@ from fxprune.errors import ArtifactError
 FORMAT = "fxprune-timings-1"
 
 
+def default_cache() -> Path:
+    """The folder for times where none is named: ``fxprune/latency`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "latency"
+
+
 class TimingCache:
     """Times by operator and point.
 

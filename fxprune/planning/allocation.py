@@ -14,7 +14,7 @@ from fxprune.coupling.graph import DependencyGraph, Group
 from fxprune.errors import ArgumentError
 from fxprune.ops.labels import IntArray
 from fxprune.planning.optimal import best_widths
-from fxprune.planning.search import BoolArray, Problem, chains, put_back, remove_in_order
+from fxprune.planning.search import BoolArray, Problem, put_back, remove_in_order
 from fxprune.planning.units import FloatArray
 
 _STEPS = 64  # how often the greedy order looks at prices anew
@@ -244,13 +244,12 @@ def _by_price(problem: Problem, weights: FloatArray) -> IntArray:
 
     Units of the same groups keep their order, weakest first. ``weights`` are those of the budgets.
     """
-    chain = chains(problem)
     remaining, alive, ordered = np.nonzero(problem.allowed)[0], problem.alive, []
     while len(remaining):
         prices = _prices(problem, weights, alive)[remaining]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             worth = problem.values[remaining] / prices
-        order = np.argsort(_running_maximum(worth, chain[remaining]), kind="stable")
+        order = np.argsort(_running_maximum(worth, problem.chain[remaining]), kind="stable")
         count = -(-len(problem.values) // _STEPS)
         going = remaining[order[:count]]
         ordered.append(going)

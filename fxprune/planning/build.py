@@ -13,6 +13,7 @@ from fxprune.planning.allocation import Allocated, Allocation
 from fxprune.planning.budget import BoolArray, Budget, Share
 from fxprune.planning.plan import AxisPlan, GroupPlan, PruningPlan
 from fxprune.planning.request import (
+    LatencySource,
     Request,
     blockers,
     kept_of,
@@ -31,10 +32,12 @@ def plan(
     flops: Share | None = None,
     params: Share | None = None,
     memory: Share | None = None,
+    latency: Share | None = None,
+    latency_table: LatencySource | None = None,
     ratios: Mapping[str | int, Share] | Share | None = None,
     allocation: str | Allocation = "global",
     ignore: Iterable[str] = (),
-    round_to: int = 1,
+    round_to: int | None = None,
     min_channels: int = 1,
     max_ratio: float | Mapping[str | int, float] = 0.9,
     approximate: bool = True,
@@ -50,6 +53,9 @@ def plan(
         flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
         params: share of the parameters to keep at most.
         memory: share of the peak memory of activations to keep at most.
+        latency: share of the latency on the example inputs to keep at most, as predicted from
+            times of operators.
+        latency_table: these times; by default they are measured on this device.
         ratios: share of its channels to keep, per group (name or index), or one share for all
             groups. Named groups take no part in the other budgets.
         allocation: how budgets are shared out between groups: ``global`` (lowest scores first),
@@ -57,7 +63,8 @@ def plan(
             groups that are alike), ``greedy`` (lowest score per cost first), ``optimal`` (the
             largest sum of scores that fits), or an object such as ``Optimal(seconds=10)``.
         ignore: layers whose shape must not change: names, containers, or globs.
-        round_to: widths of groups become multiples of this; a group never below one multiple.
+        round_to: widths of groups become multiples of this; a group never below one multiple. By
+            default 1, and with ``latency`` the steps in which the device works.
         min_channels: every group keeps at least so many channels.
         max_ratio: largest share of a group that may be removed, one for all or by group.
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too; False
@@ -74,6 +81,8 @@ def plan(
         flops=flops,
         params=params,
         memory=memory,
+        latency=latency,
+        latency_table=latency_table,
         ratios=ratios,
         allocation=allocation,
         ignore=ignore,

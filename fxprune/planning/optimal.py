@@ -17,10 +17,10 @@ from scipy import optimize, sparse
 from fxprune.cost import Cost, CostModel, PeakMemory
 from fxprune.errors import ArgumentError
 from fxprune.ops.labels import IntArray
-from fxprune.planning.search import BoolArray, Problem, chains
+from fxprune.planning.search import BoolArray, Problem
 from fxprune.planning.units import FloatArray
 
-# Solvers keep constraints to 1e-7 of their scale, budgets hold exactly.
+# Solvers keep constraints to 1e-7 of their scale; budgets hold exactly, and so do bounds.
 _MARGIN = 1e-6
 
 
@@ -56,7 +56,7 @@ def best_widths(problem: Problem, widths: int, seconds: float, gap: float) -> Fo
     program = _Program(choices)
     for budget in problem.budgets:
         for expression in _costs(program, problem, budget.name, budget.cost):
-            program.at_most(expression, budget.limit * (1 - _MARGIN))
+            program.at_most(expression, budget.limit)
     bound = whole - _least_lost(program, problem, seconds)
     solution = program.minimise(choices.lost(problem), seconds, gap)
     if solution.x is None:
@@ -130,7 +130,7 @@ class _Choices:
 
 
 def _choices(problem: Problem, widths: int) -> _Choices:
-    numbers = chains(problem)
+    numbers = problem.chain
     allowed = np.nonzero(problem.allowed)[0]
     members = [allowed[numbers[allowed] == n] for n in np.unique(numbers[allowed])]
     chain, prefix = [], []
@@ -166,6 +166,7 @@ class _Program:
         self.n = len(choices.prefix)
         self._rows: list[tuple[IntArray, FloatArray]] = []
         self._limits: list[tuple[float, float]] = []
+        self._budgets: list[int] = []  # their rows
         self._products: dict[tuple[object, ...], tuple[IntArray, IntArray]] = {}
         for chain in range(len(choices.members)):
             own = choices.of(chain)
@@ -227,13 +228,14 @@ class _Program:
             return
         scale = max(limit, 1e-300)
         rest = (limit - expression.constant) / scale
+        self._budgets.append(len(self._rows))
         self._row(expression.variables, expression.weights / scale, -np.inf, rest)
 
     def minimise(self, costs: FloatArray, seconds: float, gap: float) -> optimize.OptimizeResult:
         """Solve; ``costs`` are those of the choices."""
         objective = np.zeros(self.n)
         objective[: len(costs)] = costs
-        return self._solve(objective, len(costs), seconds, gap)
+        return self._solve(objective, len(costs), seconds, gap, -_MARGIN)
 
     def relaxed(self, slopes: Iterable[tuple[int, float, float]], seconds: float) -> float:
         """Least sum over chains of a convex loss, when choices may be mixed.
@@ -252,18 +254,19 @@ class _Program:
             self._row(np.append(own, first + chain), weights, offset, np.inf)
         objective = np.zeros(self.n)
         objective[first:] = 1.0
-        solution = self._solve(objective, 0, seconds, 0.0)
+        solution = self._solve(objective, 0, seconds, 0.0, _MARGIN)
         self.n, (self._rows, self._limits) = first, kept
         return max(float(solution.fun), 0.0) if solution.success else 0.0
 
     def _solve(
-        self, objective: FloatArray, integers: int, seconds: float, gap: float
+        self, objective: FloatArray, integers: int, seconds: float, gap: float, margin: float
     ) -> optimize.OptimizeResult:
         sizes = [len(variables) for variables, _ in self._rows]
         where = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([v for v, _ in self._rows])
         values = np.concatenate([w for _, w in self._rows])
         matrix = sparse.csr_array((values, where), shape=(len(sizes), self.n))
         low, high = np.array(self._limits).T
+        high[self._budgets] += margin
         return optimize.milp(
             objective,
             constraints=optimize.LinearConstraint(matrix, low, high),

@@ -19,6 +19,7 @@ _AMOUNTS: dict[str, Callable[[float], str]] = {
     "params": lambda n: f"{n:,.0f} parameters",
     "memory": lambda n: f"{n / 2**20:,.2f} MiB",
     "latency": lambda n: f"{n * 1e3:,.3f} ms",
+    "latency_measured": lambda n: f"{n * 1e3:,.3f} ms",
 }
 
 
@@ -76,7 +77,8 @@ class PruningPlan:
         fingerprint: digest of the model's couplings; another model is refused.
         requested: the budgets and guards that were asked for.
         reached: ``macs``, ``macs_before``, ``params``, ``params_before``; with a budget on them,
-            ``memory`` (bytes at the peak) and ``latency`` (seconds) likewise.
+            ``memory`` (bytes at the peak) and ``latency`` (seconds, as predicted) likewise; and
+            ``latency_measured``, where the slim model was measured beside the original.
         groups: every prunable group, in model order, also those that keep everything.
         frozen: name, width and reason of every group that cannot be pruned.
         axes: every parameter axis that loses positions, in model order.

@@ -1,14 +1,15 @@
 """What a user asks of a plan, checked against the model that it is asked of."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fxprune.cost import Cost
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError
+from fxprune.latency import LatencyTable, default_cache
 from fxprune.ops.labels import IntArray
 from fxprune.planning.allocation import Allocation, find_allocation
 from fxprune.planning.budget import (
@@ -29,11 +30,26 @@ from fxprune.planning.search import (
 from fxprune.planning.units import FloatArray, make_units
 
 Ratios = Mapping[str | int, Share] | Share
-COSTS: dict[str, tuple[str, Callable[[DependencyGraph], Cost]]] = {
-    "flops": ("macs", lambda deps: deps.macs),
-    "params": ("params", lambda deps: deps.params),
-    "memory": ("memory", lambda deps: deps.memory),
+# Budgets by the names that users write, with the names of their costs.
+COSTS: dict[str, str] = {
+    "flops": "macs",
+    "params": "params",
+    "memory": "memory",
+    "latency": "latency",
 }
+
+
+class LatencySource(Protocol):
+    """Where the latency of a model comes from: a ``LatencyTable``, or whatever predicts it."""
+
+    def cost(self, deps: DependencyGraph) -> Cost:
+        """Seconds of one run as a function of the kept channels."""
+        ...
+
+    @property
+    def round_to(self) -> int:
+        """Widths that are multiples of this run efficiently."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,10 +81,12 @@ def read_request(
     flops: Share | None = None,
     params: Share | None = None,
     memory: Share | None = None,
+    latency: Share | None = None,
+    latency_table: LatencySource | None = None,
     ratios: Ratios | None = None,
     allocation: Any,
     ignore: Iterable[str],
-    round_to: int,
+    round_to: int | None,
     min_channels: int,
     max_ratio: float | Mapping[str | int, float],
     approximate: bool,
@@ -78,12 +96,16 @@ def read_request(
     Raises:
         ArgumentError: an option has no meaning.
     """
+    asked = {"flops": flops, "params": params, "memory": memory, "latency": latency}
+    kept = {n: parse_share(share, n) for n, share in asked.items() if share is not None}
+    if latency is not None:
+        latency_table = latency_table or measured_table(deps)
+    if round_to is None:
+        round_to = 1 if latency_table is None else latency_table.round_to
     check_guards(round_to, min_channels)
-    asked = {"flops": flops, "params": params, "memory": memory}
     budgets = tuple(
-        Budget(name, COSTS[name][0], COSTS[name][1](deps), parse_share(share, name))
-        for name, share in asked.items()
-        if share is not None
+        Budget(name, COSTS[name], _cost(deps, name, latency_table), share)
+        for name, share in kept.items()
     )
     if not budgets and ratios is None:
         raise ArgumentError(
@@ -113,6 +135,25 @@ def read_request(
         found,
         {k: v for k, v in written.items() if k not in unsaid or v != unsaid[k]},
     )
+
+
+def measured_table(deps: DependencyGraph) -> LatencySource:
+    """Times of the model's operators on this device, measured once per capture.
+
+    They are kept in ``default_cache()``, where later runs find them.
+    """
+    if "latency" not in deps.traced.derived:
+        table = LatencyTable.measure(deps.traced, cache=default_cache())
+        deps.traced.derived["latency"] = table
+    found: LatencySource = deps.traced.derived["latency"]
+    return found
+
+
+def _cost(deps: DependencyGraph, name: str, latency_table: LatencySource | None) -> Cost:
+    if latency_table is not None and name == "latency":
+        return latency_table.cost(deps)
+    cost: Cost = getattr(deps, COSTS[name])
+    return cost
 
 
 def pose(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from fxprune.planning.units import FloatArray, Units
 BoolArray = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """What an allocation has to solve: remove as little as possible so that all budgets hold.
 
@@ -35,6 +36,24 @@ class Problem:
     alive: BoolArray
     values: FloatArray
     budgets: Sequence[Budget]
+
+    @cached_property
+    def chain(self) -> IntArray:
+        """For every unit, the number of its chain: units with channels of the same groups."""
+        touched: list[set[int]] = [set() for _ in range(self.units.count)]
+        held = np.nonzero(self.units.of_channel >= 0)[0]
+        pairs = np.stack([self.units.of_channel[held], self.deps.group_of[held]], 1)
+        for unit, group in np.unique(pairs, axis=0).tolist():
+            touched[unit].add(group)
+        numbers: dict[frozenset[int], int] = {}
+        found = [numbers.setdefault(frozenset(t), len(numbers)) for t in touched]
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
+    def kind(self) -> IntArray:
+        """For every unit, a number that others have too if they are as large, of one chain."""
+        sizes = self.units.summed(np.ones(self.deps.n_channels)).astype(np.int64)
+        return self.chain * (int(sizes.max(initial=0)) + 1) + sizes
 
     def met(self, alive: BoolArray) -> bool:
         """Whether all budgets hold with these channels kept, [n_channels]."""
@@ -141,7 +160,11 @@ def put_back(problem: Problem, candidates: IntArray, alive: BoolArray) -> BoolAr
             fits = problem.met(_with(units, candidates[:middle], alive))
             low, high = (middle, high) if fits else (low, middle)
         alive = _with(units, candidates[:low], alive)
-        candidates = candidates[low + 1 :]  # the next one does not fit, and never will again
+        if low < len(candidates):  # the next one does not fit, nor do others that cost as much
+            alike = problem.kind == problem.kind[candidates[low]]
+            candidates = candidates[low + 1 :][~alike[candidates[low + 1 :]]]
+        else:
+            break
     return alive
 
 
@@ -160,15 +183,3 @@ def _may_fit(problem: Problem, candidates: IntArray, alive: BoolArray) -> BoolAr
         least = problem.units.summed(budget.cost.added(alive))
         possible &= least[candidates] <= slack + 1e-9
     return possible
-
-
-def chains(problem: Problem) -> IntArray:
-    """For every unit, the number of its chain: units that hold channels of the same groups."""
-    touched: list[set[int]] = [set() for _ in range(problem.units.count)]
-    held = np.nonzero(problem.units.of_channel >= 0)[0]
-    units, groups = problem.units.of_channel[held], problem.deps.group_of[held]
-    for unit, group in np.unique(np.stack([units, groups], 1), axis=0).tolist():
-        touched[unit].add(group)
-    numbers: dict[frozenset[int], int] = {}
-    found = [numbers.setdefault(frozenset(t), len(numbers)) for t in touched]
-    return np.array(found, dtype=np.int64)

@@ -1,0 +1,50 @@
+"""Meet a latency budget on the clock: plan by predictions, measure what comes out, correct."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from fxprune.capture import TracedModel
+from fxprune.latency import latency_ratio
+from fxprune.planning import PruningPlan
+
+_ROUNDS = 4
+_NEAR = 0.02  # of the goal, below which a measurement is no reason to plan anew
+_RUNS = 40  # of each model per measurement
+
+
+def on_the_clock(
+    traced: TracedModel,
+    slimmed: Callable[[float], tuple[PruningPlan, nn.Module]],
+    goal: float,
+) -> tuple[PruningPlan, nn.Module]:
+    """The plan and slim model whose measured latency, beside the original's, is nearest to a goal.
+
+    Predictions are off by some percent. So what was asked of them is corrected by what the slim
+    model took, in turns with the original, until it is near the goal.
+
+    Args:
+        traced: the captured original.
+        slimmed: plans and rewrites for a predicted share of the latency.
+        goal: share of the latency to keep.
+
+    Returns:
+        Both, with the measured seconds as ``latency_measured`` in ``reached`` of the plan.
+    """
+    share, found = goal, []
+    for _ in range(_ROUNDS):
+        chosen, slim = slimmed(share)
+        ratio, seconds, before = latency_ratio(slim, traced.graph_module, traced.args, rounds=_RUNS)
+        reached = {"latency_measured": seconds, "latency_measured_before": before}
+        chosen = replace(
+            chosen,
+            requested=chosen.requested | {"latency": goal},
+            reached=chosen.reached | reached,
+        )
+        found.append((abs(ratio / goal - 1), chosen, slim))
+        if abs(ratio / goal - 1) <= _NEAR:
+            break
+        share = min(share * goal / ratio, 1.0)
+    _, chosen, slim = min(found, key=lambda item: item[0])
+    return chosen, slim
