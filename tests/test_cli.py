@@ -172,6 +172,28 @@ def test_a_budget_of_parameters_is_kept(run):
     assert reached["params"] <= 0.4 * reached["params_before"]
 
 
+def test_a_budget_of_memory_is_kept(run):
+    _, out, _ = run("prune", "tiny_nets:net", *SHAPE, "--memory", "80%", "--json")
+    reached = json.loads(out)["reached"]
+    assert 0 < reached["memory"] <= 0.8 * reached["memory_before"]
+
+
+def test_a_budget_of_latency_is_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    status, out, _ = run("prune", "tiny_nets:net", *SHAPE, "--latency", "0.999", "--json")
+    assert status == 0
+    assert json.loads(out)["reached"]["latency_measured"] > 0
+
+
+@pytest.mark.parametrize("name", ["uniform", "isomorphic", "greedy", "optimal"])
+def test_the_allocation_can_be_chosen(name, run):
+    status, out, _ = run("prune", "tiny_nets:net", *HALF, "--allocation", name, "--json")
+    data = json.loads(out)
+    assert status == 0
+    assert data["requested"]["allocation"] == name
+    assert data["reached"]["macs"] <= data["reached"]["macs_before"] / 2
+
+
 def test_the_same_call_writes_the_same_bytes_and_another_seed_does_not(run, pruned):
     run("prune", "tiny_nets:net", *HALF, "--out", "again")
     run("prune", "tiny_nets:net", *HALF, "--out", "other", "--seed", 1)

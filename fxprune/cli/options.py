@@ -110,7 +110,10 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
         "...] or one per input by name, as .npy, .npz, .pt, .pth or .safetensors",
     )
     budget.add_argument(
-        "--round-to", type=int, metavar="N", help="make widths multiples of N (default: 1)"
+        "--round-to",
+        type=int,
+        metavar="N",
+        help="make widths multiples of N (default: 1, or with --latency the steps of the device)",
     )
     budget.add_argument(
         "--min-channels", type=int, metavar="N", help="leave every group N channels (default: 1)"
