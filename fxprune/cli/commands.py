@@ -15,6 +15,7 @@ from fxprune.cli.models import build, example_inputs, recorded_inputs
 from fxprune.cli.options import CALIBRATED, CRITERIA
 from fxprune.errors import ArgumentError
 from fxprune.export.save import PLAN_FILE, check_target
+from fxprune.planning.request import COSTS
 
 
 def _inspect(options: argparse.Namespace) -> tuple[bool, str]:
@@ -23,7 +24,7 @@ def _inspect(options: argparse.Namespace) -> tuple[bool, str]:
 
 
 def _prune(options: argparse.Namespace) -> tuple[bool, str]:
-    if options.flops is None and options.params is None:
+    if all(getattr(options, name) is None for name in COSTS):
         raise ArgumentError("no budget; say what to keep, e.g. --flops 50% or --params 0.3")
     if options.out is not None:
         check_target(options.out, overwrite=options.force)
