@@ -115,6 +115,21 @@ def test_apoz_refuses_activations_that_are_never_zero() -> None:
         fp.APoZ([IMAGE])(deps)
 
 
+def test_hrank_leaves_channels_without_rows_and_columns_last() -> None:
+    model = nn.Sequential(*chain([1.0, -1.0], [1.0, 1.0])[:2], nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Sequential(*model, nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    deps = analysed(model, SMALL)
+    scores = fp.HRank([IMAGE])(deps)
+    assert of(deps, scores, "0.weight") == [2.0, 1.0]
+    assert of(deps, scores, "3.weight") == [LAST] * 3
+
+
+def test_hrank_refuses_a_model_without_feature_maps() -> None:
+    deps = analysed(build("mlp"), ZOO["mlp"].inputs())
+    with pytest.raises(fp.ArgumentError, match=r"rows and columns.*choose MeanResponse"):
+        fp.HRank(ZOO["mlp"].inputs())(deps)
+
+
 @pytest.mark.parametrize("name", ["lstm", "recurrent", "gru_both_ways"])
 def test_channels_that_only_a_recurrent_layer_sees_leave_last(name: str) -> None:
     deps, batch = zoo(name)
@@ -297,6 +312,16 @@ def test_evidence_holds_for_a_second_capture_of_the_model() -> None:
     assert result.verdict.ok
 
 
+@pytest.mark.parametrize("criterion", [fp.MeanResponse, fp.GateTaylor])
+def test_pruning_in_steps_makes_a_new_pass_at_each(criterion) -> None:
+    model, inputs = build("residual"), ZOO["residual"].inputs()
+    loader = Counting([(inputs, None)])
+    importance = criterion(loader, *([mean_square] if criterion is fp.GateTaylor else []))
+    result = fp.prune_iteratively(model, inputs, flops=0.5, steps=3, importance=importance)
+    assert result.verdict.ok
+    assert loader.passes == 3
+
+
 def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     deps = analysed(chain([1.0, -2.0], [1.0, 1.0]), SMALL)
     given: list[weakref.ref] = []
@@ -391,7 +416,22 @@ def failing_loss(output: Tensor, targets: Any) -> Tensor:
     return nn.functional.cross_entropy(output, targets)
 
 
+class NoWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        raise RuntimeError("one way only")
+
+
 LOSSES = {
+    "one way": (
+        lambda o, t: NoWayBack.apply(o).sum(),
+        fp.ArgumentError,
+        "batch 1 cannot be differentiated: one way only",
+    ),
     "not finite": (nan_loss, fp.NonFiniteError, "loss of calibration batch 1 is nan"),
     "steep": (steep_loss, fp.NonFiniteError, r"gradient .* NaN or infinite on calibration batch 1"),
     "no scalar": (lambda o, t: o, fp.ArgumentError, r"float64\[1, 1, 2, 2\].*a scalar"),

@@ -87,6 +87,13 @@ def test_batch_norm_scale_knows_functional_batch_norms() -> None:
     assert of(deps, fp.BatchNormScale()(deps), "net.0.weight") == [3.0, 1.0]
 
 
+def test_a_batch_norm_that_runs_twice_counts_once() -> None:
+    model = build("shared_batch_norm")
+    deps = analysed(model, ZOO["shared_batch_norm"].inputs())
+    scores = fp.BatchNormScale(reduction="sum")(deps)
+    assert of(deps, scores, "a.weight") == model.bn.weight.detach().abs().tolist()
+
+
 def test_batch_norm_scale_leaves_channels_without_one_last() -> None:
     model = build("dense_block")
     deps = analysed(model, ZOO["dense_block"].inputs())

@@ -48,8 +48,10 @@ class ActivationSums:
         flat = maps.flatten(1)
         sums = [(flat != 0).sum(1).double(), flat.abs().sum(1, dtype=torch.float64)]
         self._elements[index] += flat.shape[1]
-        if self._ranks:
-            ranks = _ranks(maps, batch_first=0 not in read.value.axes)
+        if 0 in read.value.axes:
+            maps = maps.unsqueeze(1)  # one sample
+        if self._ranks and maps.dim() >= 4:
+            ranks = torch.linalg.matrix_rank(maps.flatten(2, -2))
             self._samples[index] += ranks.shape[1]
             sums.append(ranks.sum(1).double())
         before = self._sums[index]
@@ -77,7 +79,7 @@ class ActivationSums:
             numbers[:2] /= max(self._elements[k], 1)
             numbers[2:] /= max(self._samples[k], 1)
             channels, means = _per_channel(read.value.channels.ravel(), numbers)
-            rank = means[2] if self._ranks else None
+            rank = means[2] if len(means) > 2 else None
             found.append(Activation(read.value.node, channels, means[0], means[1], rank))
         return tuple(found)
 
@@ -93,16 +95,6 @@ def _positions_first(read: Read, value: Any) -> Tensor:
             f"{list(channels.shape)} on axes {list(axes)} as on the example inputs"
         )
     return _wide(value).movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
-
-
-def _ranks(maps: Tensor, *, batch_first: bool) -> Tensor:
-    """Ranks of ``[positions, samples, ..., rows, columns]``, [positions, samples]."""
-    if not batch_first or maps.dim() == 1:
-        maps = maps.unsqueeze(1)
-    while maps.dim() < 4:
-        maps = maps.unsqueeze(-1)
-    ranks: Tensor = torch.linalg.matrix_rank(maps.flatten(2, -2))
-    return ranks
 
 
 def _per_channel(channels: IntArray, numbers: FloatArray) -> tuple[IntArray, FloatArray]:
@@ -218,10 +210,10 @@ class GradientSums:
             if gradient is not None  # the loss does not depend on it
         }
         finite = [g.isfinite().all().cpu() for g in found.values()]
-        if not bool(torch.stack(finite).all()):
-            name = list(found)[finite.index(torch.tensor(False))]
+        if found and not bool(torch.stack(finite).all()):
+            bad = next(name for name, ok in zip(found, finite, strict=True) if not ok)
             raise NonFiniteError(
-                f"the gradient of {name} is NaN or infinite on calibration batch {k}"
+                f"the gradient of {bad} is NaN or infinite on calibration batch {k}"
             )
         for name, gradient in found.items():
             self._mean[name] += gradient

@@ -84,6 +84,7 @@ class HRank:
     """Mean rank of a channel's feature maps.
 
     The feature map of one sample is a matrix [rows, columns]; axes before the last one are rows.
+    Channels whose samples are single numbers or vectors, such as those of a classifier, leave last.
 
     Shapes: [n_channels], float64, up to the smaller side of the map. Units: none.
     Source: Lin et al., HRank, CVPR 2020, arXiv:2002.10179; about 500 samples.
@@ -104,23 +105,29 @@ class HRank:
         check_choice("HRank reduction", self.reduction, REDUCTIONS)
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
-        """Scores [n_channels], larger = keep."""
+        """Scores [n_channels], larger = keep.
+
+        Raises:
+            ArgumentError: no activation has rows and columns, or see ``collect_evidence``.
+        """
         evidence = evidence_of(deps, self.batches, "ranks")
-        return _pooled(deps, evidence, self.reduction, _rank)
-
-
-def _rank(activation: Activation) -> FloatArray:
-    assert activation.rank is not None  # evidence_of made sure
-    return activation.rank
+        seen = evidence.activations or ()
+        if seen and all(a.rank is None for a in seen):
+            raise ArgumentError(
+                "no activation of this model has rows and columns, so HRank ranks nothing; choose "
+                "MeanResponse"
+            )
+        return _pooled(deps, evidence, self.reduction, lambda a: a.rank)
 
 
 def _pooled(
     deps: DependencyGraph,
     evidence: Evidence,
     reduction: str,
-    number: Callable[[Activation], FloatArray],
+    number: Callable[[Activation], FloatArray | None],
 ) -> torch.Tensor:
     pool = Pool(deps.n_channels, reduction)
     for activation in evidence.activations or ():
-        pool.add(activation.channels, number(activation))
+        if (values := number(activation)) is not None:
+            pool.add(activation.channels, values)
     return torch.from_numpy(pool.result())

@@ -23,9 +23,9 @@ class BatchNorm:
 
 
 def batch_norms(deps: DependencyGraph) -> Iterator[BatchNorm]:
-    """Every call of a batch norm whose scale is a parameter, in the order of the calls."""
+    """Every batch norm with a scale among the tensors, once, in the order of the first calls."""
     axes = {a.name: a for a in deps.axes if a.axis == 0}
-    values = deps.traced.values
+    values, seen = deps.traced.values, set[str]()
     for record in deps.traced.records:
         if "batch_norm" not in base_name(record.op):
             continue
@@ -33,7 +33,8 @@ def batch_norms(deps: DependencyGraph) -> Iterator[BatchNorm]:
             axes.get(values[ref.id].name) if isinstance(ref, Ref) else None
             for ref in (_argument(record, "weight"), _argument(record, "bias"))
         )
-        if scale is not None:
+        if scale is not None and scale.name not in seen:
+            seen.add(scale.name)
             yield BatchNorm(scale, shift)
 
 

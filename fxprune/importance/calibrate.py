@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -72,7 +72,14 @@ def collect_evidence(
         for k, item in enumerate(bar):
             found.see(*reader.pair(item, k), k)
             count = k + 1
-    return found.evidence(count)
+    return Evidence(
+        deps.fingerprint,
+        count,
+        frozenset(wanted),
+        None if found.activations is None else found.activations.result(),
+        None if found.gates is None else found.gates.result(count),
+        None if found.gradients is None else found.gradients.result(count),
+    )
 
 
 def evidence_of(
@@ -93,7 +100,7 @@ def _needs(needs: Iterable[str] | None, loss: Loss | None) -> set[str]:
         raise ArgumentError(f"needs={sorted(unknown)} are unknown; choose some of {NEEDS}")
     if loss is None and wanted & {"gates", "gradients"}:
         raise ArgumentError("gates and gradients need loss=, from (output, targets) to a scalar")
-    return wanted
+    return wanted | ({"activations"} if "ranks" in wanted else set())
 
 
 def _check_model(deps: DependencyGraph) -> None:
@@ -123,7 +130,7 @@ class _Collector:
     def __init__(self, deps: DependencyGraph, wanted: set[str], loss: Loss | None) -> None:
         self.deps, self.loss = deps, loss
         self.activations = self.gates = self.gradients = None
-        if wanted & {"activations", "ranks"}:
+        if "activations" in wanted:
             self.activations = ActivationSums(activations(deps), ranks="ranks" in wanted)
         if "gates" in wanted:
             self.gates = GateSums(*channel_reads(deps))
@@ -165,33 +172,30 @@ class _Collector:
     def _differentiate(self, loss: Tensor, k: int) -> None:
         gates = self.gates.gates() if self.gates is not None else []
         parameters = self.gradients.parameters if self.gradients is not None else []
-        leaves = [*gates, *parameters]
-        if not leaves:
-            return
-        found = (
-            torch.autograd.grad(loss, leaves, allow_unused=True)
-            if loss.requires_grad
-            else [None] * len(leaves)
-        )
-        if all(g is None for g in found):
-            raise ArgumentError(
-                f"the loss of calibration batch {k} does not depend on the model's output, or the "
-                "model detaches it: nothing to differentiate"
-            )
+        found = _derivatives(loss, [*gates, *parameters], k)
         if self.gates is not None:
             self.gates.add(found[: len(gates)], k)
         if self.gradients is not None:
             self.gradients.add(found[len(gates) :], k)
 
-    def evidence(self, count: int) -> Evidence:
-        """What all batches say."""
-        return Evidence(
-            self.deps.fingerprint,
-            count,
-            None if self.activations is None else self.activations.result(),
-            None if self.gates is None else self.gates.result(count),
-            None if self.gradients is None else self.gradients.result(count),
+
+def _derivatives(loss: Tensor, leaves: Sequence[Tensor], k: int) -> Sequence[Tensor | None]:
+    if not leaves:
+        return ()
+    found: Sequence[Tensor | None] = ()
+    if loss.requires_grad:
+        try:
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        except RuntimeError as error:
+            raise ArgumentError(
+                f"the loss of calibration batch {k} cannot be differentiated: {error}"
+            ) from error
+    if all(g is None for g in found):
+        raise ArgumentError(
+            f"the loss of calibration batch {k} does not depend on the model's output, or the "
+            "model detaches it: nothing to differentiate"
         )
+    return found
 
 
 def _checked_loss(loss: Loss, output: Any, targets: Any, k: int) -> Tensor:

@@ -25,7 +25,8 @@ class Activation:
         channels: their numbers, ascending, [n].
         active: share of elements that are not exactly zero, [n].
         magnitude: mean absolute value, [n].
-        rank: mean rank of the feature map of one sample, [n]; None if it was not asked for.
+        rank: mean rank of the feature map of one sample, [n]; None if it was not asked for, or if
+            samples have no rows and columns here.
     """
 
     node: str
@@ -60,6 +61,7 @@ class Evidence:
     Attributes:
         fingerprint: of the dependency graph that it belongs to.
         batches: how many batches there were.
+        needs: what was asked for; see ``NEEDS``.
         activations: one per value that is the activation of some channels, in the order of the
             graph; None if they were not asked for.
         gates: mean over batches of the squared derivative of the loss with respect to a factor on
@@ -70,6 +72,7 @@ class Evidence:
 
     fingerprint: str
     batches: int
+    needs: frozenset[str]
     activations: tuple[Activation, ...] | None
     gates: FloatArray | None
     gradients: Gradients | None
@@ -90,16 +93,8 @@ def check_evidence(evidence: Evidence, deps: DependencyGraph, need: str) -> None
             "the evidence was collected on another model; collect_evidence(deps, batches) on this "
             "one"
         )
-    ranked = all(a.rank is not None for a in evidence.activations or ())
-    there = {
-        "activations": evidence.activations is not None,
-        "ranks": evidence.activations is not None and ranked,
-        "gates": evidence.gates is not None,
-        "gradients": evidence.gradients is not None,
-    }
-    if not there[need]:
-        held = [name for name, held in there.items() if held]
+    if need not in evidence.needs:
         raise ArgumentError(
-            f"the evidence holds {', '.join(held)}, but {need} are needed; name them in "
-            f"collect_evidence(..., needs=({need!r}, ...))"
+            f"the evidence holds {', '.join(sorted(evidence.needs))}, but {need} are needed; name "
+            f"them in collect_evidence(..., needs=({need!r}, ...))"
         )

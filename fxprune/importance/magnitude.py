@@ -145,11 +145,10 @@ class BatchNormScale:
             NonFiniteError: a scale is NaN or infinite.
         """
         pool = Pool(deps.n_channels, self.reduction)
-        scales = [norm.scale for norm in batch_norms(deps)]
-        for axis in dict.fromkeys(scales):
-            values = weight_data(deps, axis.name).abs().double().cpu().numpy()
-            check_finite(deps, axis.name, values)
-            pool.add(axis.channels, values)
+        for norm in batch_norms(deps):
+            values = weight_data(deps, norm.scale.name).abs().double().cpu().numpy()
+            check_finite(deps, norm.scale.name, values)
+            pool.add(norm.scale.channels, values)
         scores = pool.result()
         if deps.n_channels and (scores >= UNJUDGED).all():
             raise ArgumentError(
