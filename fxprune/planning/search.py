@@ -40,14 +40,18 @@ class Problem:
     @cached_property
     def chain(self) -> IntArray:
         """For every unit, the number of its chain: units with channels of the same groups."""
-        touched: list[set[int]] = [set() for _ in range(self.units.count)]
         held = np.nonzero(self.units.of_channel >= 0)[0]
-        pairs = np.stack([self.units.of_channel[held], self.deps.group_of[held]], 1)
-        for unit, group in np.unique(pairs, axis=0).tolist():
-            touched[unit].add(group)
-        numbers: dict[frozenset[int], int] = {}
-        found = [numbers.setdefault(frozenset(t), len(numbers)) for t in touched]
-        return np.array(found, dtype=np.int64)
+        n_groups = len(self.deps.groups)
+        touching = np.unique(self.units.of_channel[held] * n_groups + self.deps.group_of[held])
+        unit, group = np.divmod(touching, n_groups)
+        first = np.searchsorted(unit, np.arange(self.units.count))
+        found = group[first]
+        numbers: dict[bytes, int] = {}
+        counts = np.bincount(unit, minlength=self.units.count)
+        for k in np.nonzero(counts > 1)[0].tolist():
+            groups = group[first[k] : first[k] + counts[k]]
+            found[k] = n_groups + numbers.setdefault(groups.tobytes(), len(numbers))
+        return found
 
     @cached_property
     def kind(self) -> IntArray:
