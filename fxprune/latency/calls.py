@@ -40,6 +40,7 @@ class Call:
         layouts: what else the operands are.
         macs: multiply-adds; 0 for operators that only move data.
         elements: elements of all operands and results.
+        narrowest: least size of an axis that is narrower than in the original; 0 if there is none.
     """
 
     op: torch._ops.OpOverload
@@ -49,6 +50,7 @@ class Call:
     layouts: Mapping[int, Layout]
     macs: float
     elements: float
+    narrowest: int
 
     @cached_property
     def key(self) -> str:
@@ -69,7 +71,7 @@ class Call:
         """
         refs = {r.id for r in refs_in((self.args, self.kwargs))}
         weights = {v for v in refs if self.layouts[v].weight}
-        values = {v: _tensor(self.shapes[v], self.layouts[v], device) for v in refs}
+        values = {v: _tensor(self.shapes[v], self.layouts[v], device, self.narrowest) for v in refs}
         size = sum(values[v].numel() * values[v].element_size() for v in weights)
         turns = min(MOST_TURNS, max(1, TURNS_BYTES // max(size, 1))) if weights else 1
         filled = []
@@ -85,13 +87,15 @@ class Call:
         return run
 
 
-def _tensor(shape: Sizes, layout: Layout, device: torch.device) -> torch.Tensor:
-    """A tensor of these sizes, laid out as asked."""
+def _tensor(shape: Sizes, layout: Layout, device: torch.device, below: int) -> torch.Tensor:
+    """A tensor of these sizes, laid out as asked; positions in it are less than ``below``."""
     if layout.data is not None:
-        same = tuple(layout.data.shape) == shape
+        if tuple(layout.data.shape) == shape:
+            narrower = below and layout.dtype != torch.bool
+            return layout.data.clamp(max=below - 1) if narrower else layout.data
         # Whatever integers mean, 0 is a valid position and 1 a valid truth value.
         empty = torch.zeros if layout.dtype != torch.bool else torch.ones
-        return layout.data if same else empty(shape, dtype=layout.dtype, device=device)
+        return empty(shape, dtype=layout.dtype, device=device)
     dense = [1 if k in layout.expanded else s for k, s in enumerate(shape)]
     strides, stride = [0] * len(shape), 1
     for axis in reversed(layout.order):
@@ -122,6 +126,7 @@ def call_at(operation: Operation, widths: Mapping[int, int], layouts: Mapping[in
     shapes = {v: tuple(e.at(widths) for e in es) for v, es in operation.extents.items()}
     args, kwargs = _resized(record, shapes, widths.get(operation.groups))
     used = {r.id for r in refs_in((args, kwargs))}
+    sizes = [(e.at(widths), e.size) for es in operation.extents.values() for e in es]
     macs = sum(s * _product(widths[w] for w in ws) for s, ws in operation.products)
     return Call(
         record.op,
@@ -131,6 +136,7 @@ def call_at(operation: Operation, widths: Mapping[int, int], layouts: Mapping[in
         {v: layouts[v] for v in used},
         macs,
         float(sum(_product(s) for s in shapes.values())),
+        min((now for now, before in sizes if now < before), default=0),
     )
 
 

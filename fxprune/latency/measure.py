@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 from tqdm import tqdm
 
 from fxprune.capture.traced import TracedModel
@@ -19,6 +20,7 @@ from fxprune.latency.calls import Call, call_at, is_free, widths_at
 from fxprune.latency.clock import interleaved, median_seconds, ready
 from fxprune.latency.grid import Grid, Grids
 from fxprune.latency.operations import Operation, operations
+from fxprune.latency.overhead import python_seconds
 from fxprune.latency.replay import Layout, Replay, layouts, prepare
 from fxprune.latency.setting import Setting
 from fxprune.latency.steps import detect_step, levels, sweep
@@ -63,8 +65,7 @@ class Measured:
         operators: distinct operators.
         of_operation: index into ``operators`` of everything executed, in order.
         step: multiple on whose edges the device runs efficiently.
-        seconds: of the whole model, of its operators in a row, and of their single times added up;
-            empty without calibration.
+        seconds: of the whole model, and of its Python code; empty where a timer was given.
         notes: what could not be measured, and what stands in for it.
     """
 
@@ -233,7 +234,7 @@ def measure(
     if time_call is None:
 
         def time_call(call: Call) -> float:
-            return median_seconds(call.ready(setting.device), min_run_time)
+            return median_seconds(call.ready(setting.device), min_run_time, setting.clock)
 
     sizes = dict(enumerate(widths.sizes().tolist()))
     with tqdm(desc="time operators", unit="op", leave=False, disable=not progress) as bar:
@@ -259,7 +260,7 @@ def measure(
     return Measured(tuple(timed), tuple(number[k] for k in keys), step, seconds, tuple(bench.notes))
 
 
-def _placed(traced: TracedModel, setting: Setting) -> torch.nn.Module:
+def _placed(traced: TracedModel, setting: Setting) -> fx.GraphModule:
     """The captured model as the setting asks for; itself, where it is like that already."""
     module = traced.graph_module
     if all(_lies(setting.place(t), t) for t in traced.tensors.values()):
@@ -284,13 +285,14 @@ def _lies(placed: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 def _whole(
-    model: torch.nn.Module, traced: TracedModel, setting: Setting, replay: Replay | None
+    model: fx.GraphModule, traced: TracedModel, setting: Setting, replay: Replay | None
 ) -> dict[str, float]:
-    """Seconds of the whole model, and of its operators in a row."""
-    place = setting.place
-    args = torch.utils._pytree.tree_map_only(torch.Tensor, place, traced.args)
+    """Seconds of the whole model, and of its Python code."""
+    args = torch.utils._pytree.tree_map_only(torch.Tensor, setting.place, traced.args)
     with ready(model, args) as run:
-        runs: list[Callable[[], Any]] = [run, *([replay.run] if replay else [])]
-        medians = np.median(interleaved(runs, _ROUNDS), axis=0)
-    names = ("model", "operators in a row")
-    return {name: float(m) for name, m in zip(names, medians, strict=False)}
+        seconds = {"model": float(np.median(interleaved([run], _ROUNDS, setting.clock)))}
+        if replay is not None:
+            # A GraphModule prints what goes wrong in it, which here is nobody's concern.
+            code = python_seconds(lambda: type(model).forward(model, *args), replay, setting.clock)
+            seconds |= {} if code is None else {"code": code}
+    return seconds

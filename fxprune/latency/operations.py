@@ -28,6 +28,15 @@ MOST_AXES = 3
 # Meta tensors take attention apart into products; devices run it as one operator.
 _FUSED = frozenset({F.scaled_dot_product_attention, "aten::scaled_dot_product_attention"})
 
+# Operators that take channels by the group, and how many at a time.
+_MULTIPLES: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    "aten::convolution": lambda args: int(args[8]),
+    "aten::native_group_norm": lambda args: int(args[6]),
+    "aten::channel_shuffle": lambda args: int(args[1]),
+    "aten::pixel_shuffle": lambda args: int(args[1]) ** 2,
+    "aten::glu": lambda args: 2,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -80,8 +89,9 @@ class Operation:
     def unit(self, width: int) -> int:
         """Number whose multiples a width may be."""
         found = [e.blocks for es in self.extents.values() for e in es if e.width == width]
-        if self.groups < 0 and base_name(self.record.op) == "aten::native_group_norm":
-            found.append(int(self.record.args[6]))
+        multiple = _MULTIPLES.get(base_name(self.record.op))
+        if self.groups < 0 and multiple is not None:
+            found.append(multiple(self.record.args))
         return math.lcm(*found)
 
     @cached_property
@@ -189,7 +199,8 @@ class _Collector:
         if (rows == rows[:, :1]).all():
             rows = rows[:, :1]
         found = -1
-        if (rows >= 0).any():
+        alike = len(rows) > 1 and bool((rows == rows[:1]).all())  # all positions stay or none
+        if (rows >= 0).any() and not alike:
             key = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).digest()
             found = self._found.setdefault(key + bytes([rows.shape[1] > 1]), len(self.positions))
             if found == len(self.positions):
@@ -228,9 +239,12 @@ def operations(deps: DependencyGraph) -> tuple[tuple[Operation, ...], Widths]:
         groups = collector.width(counts[0]) if counts else -1
         refs = dict.fromkeys((*refs_in((record.args, record.kwargs)), *refs_in(record.outputs)))
         extents = {ref.id: collector.extents(ref.id, groups) for ref in refs}
+        _share_columns(record, extents, groups)
         used = [w for e in extents.values() for x in e for w in (x.width, x.shared_by)]
         order = tuple(w for w in dict.fromkeys([*used, groups]) if w >= 0)
         terms = tuple(t for k in parts for t in products.get(k, ()))
+        if len(parts) > 1:
+            terms = _attention_products(record, extents)
         found.append(Operation(record, extents, groups, order, terms))
     return tuple(found), Widths(tuple(collector.positions), deps.n_channels)
 
@@ -248,6 +262,25 @@ def _executed(traced: TracedModel) -> Iterator[tuple[Record, list[int]]]:
             yield record, [k]
         elif parts[record.node][-1] == k:  # results may be made by more than its last record
             yield _attention(traced, fused[record.node]), parts[record.node]
+
+
+def _share_columns(record: Record, extents: dict[int, tuple[Extent, ...]], groups: int) -> None:
+    """The columns of a grouped convolution are its input channels by the number of groups."""
+    if base_name(record.op) != "aten::convolution" or record.args[6] or record.args[8] == 1:
+        return
+    x, weight = record.args[0].id, record.args[1].id
+    rows, columns, *kernel = extents[weight]
+    blocks = record.args[8] if groups < 0 else 1
+    shared = Extent(columns.size, extents[x][1].width, groups, blocks)
+    extents[weight] = (rows, shared, *kernel)
+
+
+def _attention_products(
+    record: Record, extents: Mapping[int, tuple[Extent, ...]]
+) -> tuple[tuple[float, tuple[int, ...]], ...]:
+    """Multiply-adds of query * key and of the result * value."""
+    query, key, value = (extents[ref.id] for ref in record.args[:3])
+    return _elements((*query, key[-2])), _elements((*query[:-1], *value[-2:]))
 
 
 def _is_fused(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from fxprune.capture.record import tensors_of, written_arguments
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.latency.operations import refs_in
 from fxprune.latency.setting import Setting
+from fxprune.ops.call import base_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,19 @@ def _held(
         if tensor is not None:
             placed = setting.place(tensor.detach())
             held[value.id] = placed.clone() if value.id in written else placed
+    made = {ref.id for step in steps for ref in refs_in(step.outputs)}
+    for step in steps:
+        for ref in refs_in((step.args, step.kwargs)):
+            if ref.id not in made and ref.id not in held:  # made below the dispatcher
+                held[ref.id] = _stand_in(step, traced.values[ref.id].shape, setting)
     return held
+
+
+def _stand_in(reader: Record, shape: tuple[int, ...], setting: Setting) -> torch.Tensor:
+    """For a constant whose content the capture does not have: a list used as an index, say."""
+    if "index" in base_name(reader.op):
+        return torch.zeros(shape, dtype=torch.int64, device=setting.device)
+    return setting.place(torch.ones(shape))
 
 
 def _inputs(traced: TracedModel) -> dict[int, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Where and how a model is timed: device, type, memory format, threads."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ class Setting:
         device: where operators run.
         dtype: floating point type of parameters and inputs; None: as they are.
         channels_last: whether images and the weights of 2-d convolutions have channels innermost.
+        clock: what gives the time in seconds; None: the clock on the wall.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     channels_last: bool = False
+    clock: Callable[[], float] | None = None
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as it is on this device."""
@@ -39,6 +42,7 @@ class Setting:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else "",
             "channels_last": self.channels_last,
+            "clock": getattr(self.clock, "__name__", "") if self.clock else "",
         }
 
 
@@ -47,6 +51,7 @@ def make_setting(
     dtype: torch.dtype | None,
     channels_last: bool,
     own: torch.device,
+    clock: Callable[[], float] | None = None,
 ) -> Setting:
     """A setting on a device of this machine; ``own``: where the model is.
 
@@ -62,7 +67,7 @@ def make_setting(
         raise ArgumentError("the meta device computes nothing, so there is no time to measure")
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype={dtype} is no floating point type")
-    return Setting(chosen, dtype, channels_last)
+    return Setting(chosen, dtype, channels_last, clock)
 
 
 def device_name(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from fxprune.capture.traced import TracedModel
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, ArtifactError, FingerprintError
 from fxprune.latency.cache import TimingCache
-from fxprune.latency.clock import latency_ratio
+from fxprune.latency.clock import Clock, latency_ratio
 from fxprune.latency.cost import LatencyCost
 from fxprune.latency.grid import Grid
 from fxprune.latency.measure import OperatorTimes, TimeCall, measure
@@ -62,7 +62,7 @@ class LatencyTable:
         operators: distinct operators with their times.
         of_operation: index into ``operators`` of everything that the model executes, in order.
         round_to: the multiple on whose edges the device runs efficiently.
-        scale: what sums of times are multiplied by, so that they give the operators in a row.
+        scale: what sums of times are multiplied by, so that they give that of the whole model.
         overhead: seconds per run outside of the operators: the Python code of the model.
         seconds: what was measured of the whole model, by name.
         notes: what could not be measured, and what stands in for it.
@@ -88,15 +88,16 @@ class LatencyTable:
         channels_last: bool = False,
         cache: str | os.PathLike[str] | None = None,
         min_run_time: float = 0.02,
+        clock: Clock | None = None,
         timer: TimeCall | None = None,
         progress: bool = True,
     ) -> "LatencyTable":
         """Time the operators of a captured model, at the batch size of its example inputs.
 
         Every operator runs by itself on operands of reduced sizes, at a grid of widths. Weights
-        change from call to call, so that no cache holds them, as in the model. Then the whole
-        model runs in turns with its operators in a row: the difference is the time of its Python
-        code, and the sum of single times is scaled to the operators in a row.
+        change from call to call, so that no cache holds them, as in the model. What the Python code
+        of the model takes is measured with all operators skipped; it is the same at all widths.
+        The rest of the time of the whole model gives the scale of the sum of single times.
 
         Args:
             traced: the captured model.
@@ -106,6 +107,7 @@ class LatencyTable:
             cache: folder for times. An interrupted measurement goes on from there, and others on
                 the same device find their operators in it. None: nothing is kept.
             min_run_time: seconds that each call is measured for, at least.
+            clock: as in ``measure_latency``.
             timer: seconds of one call, in place of the clock; then the whole model is not measured.
             progress: show a progress bar.
 
@@ -116,7 +118,7 @@ class LatencyTable:
         if not min_run_time > 0:
             raise ArgumentError(f"min_run_time={min_run_time!r} has to be positive, in seconds")
         own = next((t.device for t in traced.tensors.values()), torch.device("cpu"))
-        setting = make_setting(device, dtype, channels_last, own)
+        setting = make_setting(device, dtype, channels_last, own, clock)
         found = measure(
             traced,
             setting,
@@ -128,10 +130,10 @@ class LatencyTable:
         grids = [found.operators[k].grid for k in found.of_operation]
         ops, widths = operations(analyze(traced))
         alone = LatencyCost(ops, grids, widths, found.step).total()
-        whole = found.seconds.get("model")
-        row = found.seconds.get("operators in a row", whole)
-        overhead = max(0.0, whole - row) if whole is not None and row is not None else 0.0
-        scale = (whole - overhead) / alone if whole is not None and alone > 0 else 1.0
+        overhead = min(found.seconds.get("code", 0.0), found.seconds.get("model", 0.0))
+        scale = 1.0
+        if "model" in found.seconds and alone > 0:
+            scale = (found.seconds["model"] - overhead) / alone
         return cls(
             setting.describe(),
             digest(ops),
@@ -170,6 +172,7 @@ class LatencyTable:
         slims: Mapping[str, tuple[BoolArray, nn.Module]],
         *,
         rounds: int = 30,
+        clock: Clock | None = None,
     ) -> tuple[LatencyCheck, ...]:
         """Compare predictions with measurements of rebuilt models, each in turns with the original.
 
@@ -177,12 +180,13 @@ class LatencyTable:
             deps: the dependency graph of the original.
             slims: kept channels ([n_channels]) and the model that keeps them, by name.
             rounds: how often each runs.
+            clock: as in ``measure_latency``.
         """
         cost, found = self.cost(deps), []
         for name, (alive, slim) in slims.items():
             predicted = cost.total(alive)
             ratio, seconds, _ = latency_ratio(
-                slim, deps.traced.graph_module, deps.traced.args, rounds=rounds
+                slim, deps.traced.graph_module, deps.traced.args, rounds=rounds, clock=clock
             )
             found.append(LatencyCheck(name, predicted, seconds, predicted / cost.total(), ratio))
         return tuple(found)
