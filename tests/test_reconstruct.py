@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
 from fxprune.recovery import layers
-from fxprune.recovery.moments import Moments
 from fxprune.recovery.pair import Pair
+from fxprune.recovery.reconstruct import Fitter
 from tests.zoo.randomize import randomize
 
 D = torch.float64
@@ -378,7 +378,7 @@ def test_damage_upstream_within_the_span_of_the_inputs_is_undone() -> None:
 
 
 def test_a_fit_without_an_intercept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Moments, "centred", lambda self: self)
+    monkeypatch.setattr(Fitter, "_intercept", lambda self, node: None)
     assert gap("conv") > 1e-3
 
 

@@ -75,7 +75,9 @@ class ReconstructionError:
                 chosen = plan(deps, _ranks(order), **self._budget(share))
             except BudgetError:  # nothing is left to rank anew
                 break
-            fitted, _ = reconstruct_model(deps.traced, chosen, rewrite(deps.traced, chosen), inputs)
+            fitted, _ = reconstruct_model(
+                deps.traced, chosen, rewrite(deps.traced, chosen), inputs, draft=True
+            )
             slim = analyze(trace(fitted, deps.traced.args))
             alive = kept_channels(deps, chosen)
             known = _translation(deps, chosen, slim)
@@ -139,12 +141,12 @@ def _as_readers(deps: DependencyGraph, seen: Seen) -> Iterator[Reader]:
     """The groups of a layer as readers."""
     layer = seen.layer
     assert seen.moments is not None
-    moments = seen.moments.centred()
+    moments = seen.moments.centre()
     variance = moments.xx / max(moments.n, 1)
     ridge = _RIDGE * variance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     eye = torch.eye(variance.shape[1], dtype=torch.float64)
     inverse = torch.linalg.inv(variance + ridge[:, None, None] * eye)
-    prices = (seen.price * moments.n).reshape(layer.groups, -1)
+    prices = seen.squares.reshape(layer.groups, -1)
     made = _made(deps, seen).reshape(layer.groups, -1)
     for b in range(layer.groups):
         parts = tuple(_parts(deps, seen, b))

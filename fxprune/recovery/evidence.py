@@ -13,7 +13,7 @@ from fxprune.capture.inputs import describe
 from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ExampleInputError, NonFiniteError
-from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer
+from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer, RandomPositions
 from fxprune.recovery.moments import Moments
 
 
@@ -25,21 +25,19 @@ class Seen:
         name: qualified name of its module.
         layer: the layer.
         moments: of what it reads; there are no targets. Of a layer too wide for that, none.
+        chosen: positions that ``moments`` are of; once all is seen they stand for all positions.
         squares: ``[outputs]``, sum over samples and positions of the squared gradient of the
-            model's outputs, each in units of its standard deviation, with respect to the layer's.
-        positions: how many samples and positions that were.
+            model's outputs, each in units of its standard deviation, with respect to the layer's:
+            what an error of every output costs them.
+        rows: how many samples and positions there are.
     """
 
     name: str
     layer: Layer
     moments: Moments | None
     squares: torch.Tensor
-    positions: int = 0
-
-    @property
-    def price(self) -> torch.Tensor:
-        """What a unit of squared error of each output costs the model's outputs, ``[outputs]``."""
-        return self.squares / max(self.positions, 1)
+    chosen: RandomPositions | None = None
+    rows: int = 0
 
 
 def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> list[Seen]:
@@ -58,10 +56,12 @@ def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> l
         NonFiniteError: an activation holds NaN or infinity.
     """
     module = traced.graph_module
+    tensors = [next(x for x in batch if isinstance(x, torch.Tensor)) for batch in inputs]
+    samples = sum(len(x) for x in tensors)
     watched = {}
     for name, child in module.named_modules():
         if name in names and isinstance(child, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
-            watched[name] = _unseen(name, Layer(child))
+            watched[name] = _unseen(name, Layer(child), samples)
     generator = torch.Generator().manual_seed(0)
     with undisturbed(module), torch.enable_grad():
         for k, batch in enumerate(tqdm(inputs, desc="observe", unit="batch", leave=False)):
@@ -76,14 +76,17 @@ def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> l
         sums = seen.squares.sum() + (0.0 if seen.moments is None else seen.moments.xx.sum())
         if not bool(torch.isfinite(sums)):
             raise NonFiniteError(f"{seen.name} meets NaN or infinity on the calibration batches")
+        if seen.moments is not None:
+            seen.moments.extend(seen.rows)
     return list(watched.values())
 
 
-def _unseen(name: str, layer: Layer) -> Seen:
+def _unseen(name: str, layer: Layer, samples: int) -> Seen:
     groups, d = layer.groups, layer.unknowns
     outputs = layer.weights().shape[2] * groups
     moments = Moments.zeros(groups, d, 0) if d <= MOST_UNKNOWNS else None
-    return Seen(name, layer, moments, torch.zeros(outputs, dtype=torch.float64))
+    squares = torch.zeros(outputs, dtype=torch.float64)
+    return Seen(name, layer, moments, squares, RandomPositions.enough(layer, samples))
 
 
 def _observe_batch(
@@ -128,8 +131,10 @@ class _Observer(fx.Interpreter):
         seen = self.watched.get(str(n.target)) if n.op == "call_module" else None
         if seen is not None:
             if seen.moments is not None:
-                for _, rows in seen.layer.rows(self.env[n.all_input_nodes[0]].detach()):
-                    seen.moments.add(rows, rows[..., :0])
+                read = self.env[n.all_input_nodes[0]].detach()
+                seen.rows += seen.layer.count(read)
+                for *_, design in seen.layer.designs(read, seen.chosen):
+                    seen.moments.add(design)
             if result.requires_grad:
                 result.register_hook(lambda gradient: _note(seen, gradient))
         return result
@@ -138,4 +143,3 @@ class _Observer(fx.Interpreter):
 def _note(seen: Seen, gradient: torch.Tensor) -> None:
     rows = seen.layer.targets(gradient.detach())
     seen.squares += rows.square().sum(1).flatten().cpu()
-    seen.positions += rows.shape[1]

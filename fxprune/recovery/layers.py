@@ -7,12 +7,14 @@ BatchNorm in evaluation mode the case of one unknown per channel: its scale.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from fxprune.recovery.design import Bands, Design, Rows
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,6 +22,37 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FITTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
 MOST_UNKNOWNS = 8192  # widest layer whose second moments are worth their memory (half a gigabyte)
 CHUNK_BYTES = 64 * 2**20  # of float64 rows that exist at a time
+ROWS_PER_UNKNOWN, LEAST_ROWS = 32, 4096  # enough for second moments
+Positions = torch.Tensor | None  # indices of positions of a sample, None for all
+
+
+@dataclass(slots=True, eq=False)
+class RandomPositions:
+    """Chooses positions at random, the same ones for all samples of a part; always the same way.
+
+    He et al. 2017 sample likewise: positions of one image say much the same.
+
+    Attributes:
+        most: positions per sample that are enough.
+    """
+
+    most: int
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+
+    @classmethod
+    def enough(cls, layer: "Layer", samples: int) -> "RandomPositions":
+        """Positions that tell what a layer reads well, of so many samples."""
+        rows = max(ROWS_PER_UNKNOWN * layer.unknowns, LEAST_ROWS)
+        return cls(-(-rows // max(samples, 1)))
+
+    def __call__(self, positions: int) -> Positions:
+        """Indices of as many positions as are enough; None if all are needed."""
+        if positions <= self.most:
+            return None
+        return torch.randperm(positions, generator=self._generator)[: self.most].sort().values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,21 +85,50 @@ class Layer:
             return int(weight.shape[0] // self.groups * math.prod(weight.shape[2:]))
         return int(weight[0].numel())
 
-    def rows(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Parts of a batch (two at least), and their rows ``[groups, n, unknowns]`` in float64."""
-        given, x = x, self._batched(x)
-        size = self._bytes_per_sample(x)
-        step = max(1, min(CHUNK_BYTES // max(size, 1), (len(x) + 1) // 2))
-        for start in range(0, len(x), step):
-            part = slice(start, min(start + step, len(x)))
-            rows = self._rows(x[part].double())
-            if self.kept is not None:
-                rows = rows.take_along_dim(self.kept.to(rows.device).unsqueeze(1), 2)
-            yield part if x is given else slice(None), rows
+    def designs(
+        self, x: torch.Tensor, chosen: RandomPositions | None = None
+    ) -> Iterator[tuple[slice, Positions, Design]]:
+        """Parts of a batch (two at least, if it has two samples), and what the layer reads of each.
 
-    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        Args:
+            x: what the layer reads.
+            chosen: positions that count; by default all do.
+
+        Returns:
+            Which samples, which positions (for ``targets``), and the rows of these.
+        """
+        given, x = x, self._batched(x)
+        parts = min(max(2, -(-len(x) * self._bytes_per_sample(x) // CHUNK_BYTES)), len(x))
+        for k in range(parts):
+            part = slice(k, None, parts)
+            at = None if chosen is None else chosen(self._positions(x))
+            yield part if x is given else slice(None), at, self._design(x[part].double(), at)
+
+    def joined(
+        self, xs: list[torch.Tensor], ys: list[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of what the layer reads, and of its outputs; small ones of equal shape as one."""
+        runs: list[list[int]] = []
+        for k, x in enumerate(xs):
+            if runs and self._joins([xs[i] for i in runs[-1]], x):
+                runs[-1].append(k)
+            else:
+                runs.append([k])
+        for run in runs:
+            if len(run) == 1:
+                yield xs[run[0]], ys[run[0]]
+            else:
+                yield torch.cat([xs[i] for i in run]), torch.cat([ys[i] for i in run])
+
+    def _joins(self, run: list[torch.Tensor], x: torch.Tensor) -> bool:
+        """Whether a batch can be added to others."""
+        alike = x.shape[1:] == run[0].shape[1:] and self._batched(x) is x
+        count = sum(len(r) for r in run) + len(x)
+        return alike and count * self._bytes_per_sample(x) <= 2 * CHUNK_BYTES
+
+    def targets(self, y: torch.Tensor, at: Positions = None) -> torch.Tensor:
         """An output, or a difference of outputs, as ``[groups, n, outputs / groups]`` float64."""
-        y = self._batched(y).double()
+        y = _at(self._batched(y), at, last=isinstance(self.module, nn.Linear)).double()
         if isinstance(self.module, nn.Linear):
             return y.reshape(1, -1, y.shape[-1])
         y = y.transpose(0, 1).flatten(1)  # [outputs, n]
@@ -109,36 +171,92 @@ class Layer:
         axes = 1 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size) + 1
         return x.unsqueeze(0) if x.dim() == axes else x
 
+    @property
+    def _banded(self) -> bool:
+        """Whether lines of patches overlap."""
+        m = self.module
+        plain = isinstance(m, CONVOLUTIONS) and self.kept is None
+        return plain and m.kernel_size[0] > 1 and m.stride[0] == 1
+
     def _bytes_per_sample(self, x: torch.Tensor) -> int:
         positions = x[0].numel()
         if not isinstance(self.module, (nn.Linear, *NORMS)):
-            positions *= math.prod(self.module.kernel_size)
+            positions *= math.prod(self.module.kernel_size[1 if self._banded else 0 :])
             if isinstance(self.module, TRANSPOSED):
                 positions *= math.prod(self.module.stride)
         return 8 * positions
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+    def count(self, x: torch.Tensor) -> int:
+        """Rows of a batch."""
+        x = self._batched(x)
+        return len(x) * self._positions(x)
+
+    def _positions(self, x: torch.Tensor) -> int:
+        """At how many positions the layer reads a sample."""
+        if isinstance(self.module, nn.Linear):
+            return math.prod(x.shape[1:-1])
+        if isinstance(self.module, NORMS):
+            return math.prod(x.shape[2:])
+        spatial = len(self.module.kernel_size)
+        return math.prod(self._patches(x[:1].to("meta")).shape[2 : 2 + spatial])
+
+    def _design(self, x: torch.Tensor, at: Positions) -> Design:
+        if self._banded and at is None:
+            return self._bands(x)
+        rows = self._rows(x, at)
+        if self.kept is not None:
+            rows = rows.take_along_dim(self.kept.to(rows.device).unsqueeze(1), 2)
+        return Rows(rows)
+
+    def _bands(self, x: torch.Tensor) -> Bands:
+        m, spatial = self.module, len(self.module.kernel_size)
+        x = _padded(m, x)
+        rest = m.kernel_size[1:], m.stride[1:], m.dilation[1:]
+        parts = _windows(x, *rest, first=3).unflatten(1, (self.groups, -1))
+        # [n, groups, channels, lines, *positions, *kernel], both but for the first axis
+        order = (1, 2, *range(3 + spatial, 2 + 2 * spatial), 3, 0, *range(4, 3 + spatial))
+        sizes = self.groups, parts.shape[2], math.prod(m.kernel_size[1:]), x.shape[2], -1
+        lines = parts.permute(order).reshape(sizes)
+        return Bands(lines, m.kernel_size[0], m.dilation[0], len(x))
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n, channels, *positions, *kernel]``."""
+        module = self.module
+        if isinstance(module, TRANSPOSED):
+            return _transposed_patches(module, x)
+        return _windows(_padded(module, x), module.kernel_size, module.stride, module.dilation)
+
+    def _rows(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         module = self.module
         if isinstance(module, nn.Linear):
-            return x.reshape(1, -1, x.shape[-1])
+            return _at(x, at, last=True).reshape(1, -1, x.shape[-1])
         if isinstance(module, NORMS):
-            return _normalised(module, x).transpose(0, 1).flatten(1).unsqueeze(2)
-        if isinstance(module, TRANSPOSED):
-            patches = _transposed_patches(module, x)
-        else:
-            patches = _patches(_padded(module, x), module)
+            flat = _at(x, at).transpose(0, 1).flatten(1)  # [channels, n]
+            return _normalised(module, flat).unsqueeze(2)
+        patches, spatial = self._patches(x), len(module.kernel_size)
+        axes = spatial  # of positions
+        if at is not None:
+            where: Any = torch.unravel_index(at, patches.shape[2 : 2 + spatial])
+            patches, axes = patches[:, :, *where], 1
         # [n, channels, *positions, *kernel] -> [groups, n * positions, channels / groups * kernel]
-        spatial = len(module.kernel_size)
         parts = patches.unflatten(1, (self.groups, -1))
-        order = (1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial))
-        rows: torch.Tensor = parts.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
+        order = (1, 0, *range(3, 3 + axes), 2, *range(3 + axes, 3 + axes + spatial))
+        rows: torch.Tensor = parts.permute(order).flatten(2 + axes).flatten(1, 1 + axes)
         return rows
 
 
+def _at(x: torch.Tensor, at: Positions, *, last: bool = False) -> torch.Tensor:
+    """Some positions of ``[n, channels, ...]``, or of ``[n, ..., channels]`` for ``last``."""
+    if at is None:
+        return x
+    at = at.to(x.device)
+    return x.reshape(len(x), -1, x.shape[-1])[:, at] if last else x.flatten(2)[:, :, at]
+
+
 def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    mean: torch.Tensor = module.running_mean.double().view(shape)
-    var: torch.Tensor = module.running_var.double().view(shape)
+    """Of ``[channels, n]``."""
+    mean: torch.Tensor = module.running_mean.double().unsqueeze(1)
+    var: torch.Tensor = module.running_var.double().unsqueeze(1)
     normalised: torch.Tensor = (x - mean) * (var + module.eps).rsqrt()
     return normalised
 
@@ -151,16 +269,16 @@ def _padded(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _windows(
-    x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+    x: torch.Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    first: int = 2,
 ) -> torch.Tensor:
-    """``[n, channels, *positions, *kernel]``."""
-    for k, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + k, gap * (size - 1) + 1, step)[..., ::gap]
+    """``[..., *positions, *kernel]``: windows along the axes from ``first`` on."""
+    for k, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), first):
+        x = x.unfold(k, gap * (size - 1) + 1, step)[..., ::gap]
     return x
-
-
-def _patches(x: torch.Tensor, module: Any) -> torch.Tensor:
-    return _windows(x, module.kernel_size, module.stride, module.dilation)
 
 
 def _transposed_patches(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.planning.plan import PruningPlan
-from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer
+from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer, RandomPositions
 from fxprune.recovery.moments import Moments
 from fxprune.recovery.pair import Aim, Pair
-from fxprune.recovery.solve import ridge_solution, strength_by_folds
+from fxprune.recovery.solve import STRENGTHS, Ridge, strength_by_folds
 
 _BOUNDED_STEPS = 4
 _ROUNDING = 1e-12  # share of an output's squares that rounding explains
@@ -87,6 +87,8 @@ def reconstruct_model(
     slim: fx.GraphModule,
     batches: Any,
     ridge: float | None = None,
+    *,
+    draft: bool = False,
 ) -> tuple[fx.GraphModule, Reconstruction]:
     """Fit the kept weights of a slim model to what the original computes, without labels.
 
@@ -99,6 +101,7 @@ def reconstruct_model(
         batches: calibration inputs, see ``collect``.
         ridge: what holds weights to those of the plan, as a share of the mean square of what a
             layer reads; by default chosen per layer by cross-validation.
+        draft: fit to a sample of the positions, and leave out what refines the fit.
 
     Returns:
         A copy of the slim model with fitted weights, and what was done.
@@ -113,7 +116,7 @@ def reconstruct_model(
     inputs = collect(batches, traced.graph_module, traced.args)
     fitted = duplicate(slim)
     with undisturbed(traced.graph_module, fitted):
-        found = Fitter(Pair(traced, plan, fitted, inputs), ridge).run()
+        found = Fitter(Pair(traced, plan, fitted, inputs), ridge, draft=draft).run()
     return fitted, found
 
 
@@ -144,6 +147,7 @@ class Fitter:
         pair: the original, and the model whose weights are fitted.
         strength: of the ridge; None chooses it per layer.
         prepare: called with every node that may be fitted, before it is; gives the layer to fit.
+        draft: see ``reconstruct_model``.
     """
 
     def __init__(
@@ -151,13 +155,17 @@ class Fitter:
         pair: Pair,
         strength: float | None,
         prepare: Callable[[fx.Node], Layer] | None = None,
+        *,
+        draft: bool = False,
     ) -> None:
         self.pair = pair
         self.strength = strength
+        self.draft = draft
         self.prepare = prepare or (lambda node: Layer(pair.modules[node]))
         modules = {id(m): m for m in pair.modules.values()}.values()
         self.owners = Counter(id(p) for m in modules for p in m.parameters())
         self.settled: set[fx.Node] = set()  # BatchNorms that hold the intercept of a fitted layer
+        self.usual = STRENGTHS[len(STRENGTHS) // 2]  # of the ridge, where nothing is given
         self.fits: list[LayerFit] = []
         self.skipped: list[tuple[str, str]] = []
 
@@ -210,23 +218,26 @@ class Fitter:
         """
         intercept = self._intercept(node)
         missing = aim.missing(self.pair.values(node), bounded=False)
-        folds = halves(self.pair, node, layer, missing)
+        folds = halves(self.pair, node, layer, missing, draft=self.draft)
         whole = folds[0] + folds[1]
-        if intercept is not None:
-            folds = [fold.centred() for fold in folds]
-        strength = strength_by_folds(folds) if self.strength is None else self.strength
-        change, shift = _solution(whole, strength, intercept is not None)
+        strength = self.strength
+        if strength is None:
+            if intercept is not None:
+                folds = [fold.centre() for fold in folds]
+            strength = self.usual = strength_by_folds(folds, self.usual)
+        del folds
+        ridge = Ridge(whole, strength, intercept=intercept is not None)
+        change, shift = ridge.solve(whole)
         self._apply(node, layer, intercept, change, shift)
         lead: tuple[torch.Tensor, torch.Tensor] = (
             torch.zeros_like(change),
             torch.zeros_like(shift),
         )
-        steps = _BOUNDED_STEPS if aim.bounded else 0
+        steps = _BOUNDED_STEPS if aim.bounded and not self.draft else 0
         for k in range(steps):
             missing = aim.missing(self.pair.values(node), bounded=True)
-            again = halves(self.pair, node, layer, missing, square=False)
-            moments = replace(again[0] + again[1], xx=whole.xx)
-            change, shift = _solution(moments, strength, intercept is not None)
+            first, second = halves(self.pair, node, layer, missing, square=False)
+            change, shift = ridge.solve(first + second)
             rate = k / (k + 3) if k + 1 < steps else 0.0
             moved = change + lead[0], shift + lead[1]
             lead = rate * moved[0], rate * moved[1]
@@ -267,27 +278,27 @@ class Fitter:
 
 
 def halves(
-    pair: Pair, node: fx.Node, layer: Layer, missing: list[torch.Tensor], *, square: bool = True
+    pair: Pair,
+    node: fx.Node,
+    layer: Layer,
+    missing: list[torch.Tensor],
+    *,
+    square: bool = True,
+    draft: bool = False,
 ) -> list[Moments]:
-    """Second moments of two halves of the samples: what a layer reads, and what is missing."""
-    outputs = layer.weights().shape[2]
-    folds = [Moments.zeros(layer.groups, layer.unknowns, outputs) for _ in range(2)]
+    """Second moments of two halves of the samples: what a layer reads, and what is missing.
+
+    ``square=False`` leaves out the products of what it reads; ``draft`` samples positions.
+    """
+    xs, outputs = pair.values(node.all_input_nodes[0]), layer.weights().shape[2]
+    folds = [Moments.zeros(layer.groups, layer.unknowns, outputs, square=square) for _ in range(2)]
+    chosen = RandomPositions.enough(layer, sum(len(x) for x in xs)) if draft else None
     count = 0
-    for x, r in zip(pair.values(node.all_input_nodes[0]), missing, strict=True):
-        for part, rows in layer.rows(x):
-            folds[count % 2].add(rows, layer.targets(r[part]), square=square)
+    for x, r in layer.joined(xs, missing):
+        for part, at, design in layer.designs(x, chosen):
+            folds[count % 2].add(design, layer.targets(r[part], at))
             count += 1
     return folds
-
-
-def _solution(
-    whole: Moments, strength: float, intercept: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Change of the weights ``[g, d, m]`` and of the intercept ``[g, m]``, which may be absent."""
-    if not intercept:
-        return ridge_solution(whole, strength), torch.zeros_like(whole.r)
-    change = ridge_solution(whole.centred(), strength)
-    return change, (whole.r - (whole.x.unsqueeze(1) @ change).squeeze(1)) / whole.n
 
 
 def _add(tensor: torch.Tensor, sign: float, shift: torch.Tensor) -> None:
