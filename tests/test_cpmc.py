@@ -79,6 +79,8 @@ OPTIONS = [
     {"combination": "ratio", "macs": 0.3, "params": 2.0},
     {"normalise": "mean"},
     {"normalise": "minmax"},
+    {"within": "l2"},
+    {"norm": 2, "root": True, "combination": "ratio"},
 ]
 
 
@@ -86,7 +88,8 @@ OPTIONS = [
 @pytest.mark.parametrize("name", ["residual", "inception", "dense_block", "depthwise_separable"])
 def test_c2_inside_a_group_the_order_is_that_of_the_value(name: str, options: dict) -> None:
     deps = zoo(name)
-    scores, values = fp.CPMC(**options)(deps), value(deps)
+    weights = {name: x for name, x in options.items() if name in ("norm", "root")}
+    scores, values = fp.CPMC(**options)(deps), value(deps, **weights)
     for group in deps.groups:
         inside = torch.from_numpy(group.channels)
         assert scores[inside].argsort().tolist() == values[inside].argsort().tolist(), group.name
@@ -313,6 +316,15 @@ def test_the_euclidean_option_sums_squares() -> None:
     assert value(deps, norm=2).tolist() == [101.0, 10.0]
 
 
+def test_the_root_option_sums_euclidean_norms_of_slices() -> None:
+    model = build("plain_chain")
+    deps = analysed(model, ZOO["plain_chain"].inputs())
+    first, second = model.conv1.weight.detach(), model.conv2.weight.detach()
+    by_hand = first.flatten(1).norm(dim=1) + second.transpose(0, 1).flatten(1).norm(dim=1)
+    found = value(deps, norm=2, root=True)[positions(deps, "conv1.weight")]
+    torch.testing.assert_close(found, by_hand)
+
+
 def test_the_mean_option_averages_every_slice() -> None:
     model = build("plain_chain")
     deps = analysed(model, ZOO["plain_chain"].inputs())
@@ -326,6 +338,7 @@ def test_the_mean_option_averages_every_slice() -> None:
     [
         {"combination": "product"},
         {"norm": 3},
+        {"norm": 1, "root": True},
         {"normalise": "median"},
         {"value": -1.0},
         {"macs": float("nan")},

@@ -18,6 +18,8 @@ from fxprune.ops.ledger import Role
 from tests.importance_nets import SMALL, Pooled, Stream, TwoReaders, analysed, chain, of
 from tests.test_model_is_preserved import assert_unchanged, model_with_a_past, snapshot
 from tests.zoo.models import ZOO, build
+from tests.zoo.random_net import RandomNet
+from tests.zoo.randomize import randomize
 
 LAST = 1e100
 IMAGE = torch.tensor([[[[1.0, -2.0], [0.0, 3.0]]]]).double()
@@ -191,23 +193,23 @@ channels_last_flatten concat_twice crelu in_place_add squeeze_excite tied_convs 
 separate_attention torch_attention transposed_conv shared_conv pixel_shuffle""".split()
 
 
-@pytest.mark.parametrize("name", GATED)
-def test_a_gate_is_worth_what_the_columns_that_read_its_channel_are(name: str) -> None:
+def assert_gates_are_worth_their_columns(model: nn.Module, inputs: Any) -> None:
     """Scaling a channel is scaling every column that reads it; plain autograd says what that does.
 
     Channels that two activations are multiplied over have no columns, so they are left out.
     """
-    deps, batch = zoo(name)
-    model = build(name)
+    deps = analysed(model, inputs)
+    batch = inputs if isinstance(inputs, (dict, tuple)) else (inputs,)
+    gates = fp.GateTaylor([batch], mean_square)(deps).numpy()
     output = model(**batch) if isinstance(batch, dict) else model(*batch)
     mean_square(output, None).backward()
     parameters = dict(model.named_parameters())
     derivative = np.zeros(deps.n_channels)
     read = np.zeros(deps.n_channels, dtype=bool)
     for axis in deps.axes:
-        if axis.role is not Role.CONSUMER:
+        p = parameters.get(axis.name)
+        if axis.role is not Role.CONSUMER or p.grad is None:
             continue
-        p = parameters[axis.name]
         columns = p.detach() * p.grad
         if axis.blocks > 1:
             columns = torch.cat(columns.chunk(axis.blocks), 1)
@@ -216,9 +218,19 @@ def test_a_gate_is_worth_what_the_columns_that_read_its_channel_are(name: str) -
             if 0 <= channel < deps.n_channels:
                 derivative[channel] += value
                 read[channel] = True
-    gates = fp.GateTaylor([batch], mean_square)(deps).numpy()
-    assert read.any()
     np.testing.assert_allclose(gates[read], derivative[read] ** 2, rtol=1e-8, atol=1e-20)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gate_is_worth_what_the_columns_that_read_its_channel_are(name: str) -> None:
+    assert_gates_are_worth_their_columns(build(name), ZOO[name].inputs())
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_gates_of_random_networks_are_worth_their_columns(seed: int) -> None:
+    net = RandomNet(seed, 2 + seed % 9, wild=seed % 2 == 1).double()
+    x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(seed)).double()
+    assert_gates_are_worth_their_columns(randomize(net, seed).eval(), x)
 
 
 @pytest.mark.parametrize("name", ["inception", "grouped_conv"])

@@ -49,6 +49,7 @@ class CPMC:
         macs: weight (additive) or exponent (ratio) of F.
         params: weight (additive) or exponent (ratio) of P.
         norm: 1 or 2: absolute values or squares.
+        root: with ``norm=2``, the Euclidean norm of each slice of each tensor, not its square.
         mean: average the weights of each slice instead of summing them.
         within: divide V by its norm over the group first: ``none``, ``l1``, ``l2`` or ``max``.
         normalise: ``max``, ``mean`` or ``minmax``, over the whole network.
@@ -60,6 +61,7 @@ class CPMC:
     macs: float = 1.0
     params: float = 1.0
     norm: int = 1
+    root: bool = False
     mean: bool = False
     within: str = "none"
     normalise: str = "max"
@@ -74,6 +76,8 @@ class CPMC:
             ("norm", self.norm, (1, 2)),
         ):
             check_choice(f"CPMC {name}", chosen, known)
+        if self.root and self.norm != 2:
+            raise ArgumentError("CPMC root=True is the root of squares; it needs norm=2")
         for name in ("value", "macs", "params"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ArgumentError(f"CPMC {name}={getattr(self, name)!r} has to be 0 or more")
@@ -104,6 +108,7 @@ class CPMC:
             deps,
             [*roles, Role.AFFINE] if self.affine else roles,
             lambda name, w: w.abs() if self.norm == 1 else w.square(),
+            each=np.sqrt if self.root else None,
             mean=self.mean,
             missing=0.0,
         )
