@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune as fp
+from fxprune.importance.criterion import UNJUDGED
 from fxprune.planning.allocation import Global, Isomorphic
 from tests.oracle import macs, n_parameters
 from tests.zoo.models import ZOO, build
@@ -190,6 +191,18 @@ def test_groups_that_are_alike_compete_and_sets_of_them_lose_alike() -> None:
         expected = np.arange(1, len(channels) + 1) / len(channels)
         assert np.sort(ranks[channels]) == pytest.approx(expected)
         assert (np.argsort(ranks[channels]) == np.argsort(scores.numpy()[channels])).all()
+
+
+@pytest.mark.parametrize("allocation", ["global", "greedy", "optimal"])
+def test_what_a_criterion_could_not_judge_stays_while_anything_else_can_go(allocation: str) -> None:
+    deps = analysed("chain")
+    scores = fp.Random()(deps)
+    scores[torch.from_numpy(deps.group("b").channels)] = UNJUDGED
+    gentle = fp.plan(deps, scores, flops=0.6, allocation=allocation)
+    assert {g.name: len(g.kept) for g in gentle.groups}["b"] == 5
+    assert min(len(g.kept) / g.width for g in gentle.groups) < 1
+    hard = fp.plan(deps, scores, flops=0.1, allocation=allocation, max_ratio=1.0)
+    assert {g.name: len(g.kept) for g in hard.groups}["b"] < 5
 
 
 def test_allocations_that_add_scores_up_refuse_negative_ones() -> None:

@@ -5,13 +5,14 @@ weakest first, as the scores say.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from fxprune.coupling.graph import DependencyGraph, Group
 from fxprune.errors import ArgumentError
+from fxprune.importance.criterion import UNJUDGED
 from fxprune.ops.labels import IntArray
 from fxprune.planning.optimal import best_widths
 from fxprune.planning.search import BoolArray, Problem, put_back, remove_in_order
@@ -109,6 +110,7 @@ class Greedy:
 
     def choose(self, problem: Problem) -> Allocated:
         """Least value per cost first."""
+        problem = _judged(problem)
         alive, _ = _greedy(problem)
         return Allocated(alive, _kept_value(problem, alive))
 
@@ -148,6 +150,7 @@ class Optimal:
 
     def choose(self, problem: Problem) -> Allocated:
         """The better of the program's solution and the greedy one."""
+        problem = _judged(problem)
         greedy, order = _greedy(problem)
         found = best_widths(problem, self.widths, self.seconds, self.gap)
         best = greedy
@@ -221,6 +224,25 @@ def _checked_values(scores: FloatArray, name: str) -> FloatArray:
             f"{scores.min():g}. Use a criterion that is not centred, or allocation='global'"
         )
     return scores
+
+
+def _judged(problem: Problem) -> Problem:
+    """The problem without units that the criterion could not judge, if budgets hold without them.
+
+    Else they are worth more than anything that it could judge.
+    """
+    unjudged = problem.values >= UNJUDGED
+    if not unjudged.any():
+        return problem
+    judged = replace(
+        problem,
+        allowed=problem.allowed & ~unjudged,
+        values=np.where(unjudged, 0.0, problem.values),
+    )
+    if judged.met(judged.without(np.nonzero(judged.allowed)[0])):
+        return judged
+    dear = 2 * float(judged.values.max(initial=0.0)) or 1.0
+    return replace(problem, values=np.where(unjudged, dear, problem.values))
 
 
 def _greedy(problem: Problem) -> tuple[BoolArray, IntArray]:
