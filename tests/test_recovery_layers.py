@@ -45,7 +45,7 @@ def kind(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
 def rows_of(design: Design) -> Tensor:
     """The rows themselves, from products with every row by itself."""
     each = torch.eye(design.n, dtype=D).expand(design.sums().shape[0], -1, -1)
-    return design.products(each).transpose(1, 2)
+    return design.products(each)
 
 
 def gap(module: nn.Module, x: Tensor) -> float:
@@ -54,7 +54,7 @@ def gap(module: nn.Module, x: Tensor) -> float:
     y, bias = module(x), module.bias.reshape(layer.groups, 1, -1)
     parts = []
     for part, at, design in layer.designs(x):
-        y_part = layer.targets(y[part], at)
+        y_part = layer.targets(y[part], at).transpose(1, 2)
         parts.append((rows_of(design) @ layer.weights() + bias - y_part).abs().max())
     return float(max(parts) / y.abs().max())
 
@@ -82,11 +82,11 @@ def test_contributions_of_channels_sum_to_the_output_without_bias() -> None:
     rows = rows_of(design)[0]
     weights = layer.weights()[0]
     z = [rows[:, 9 * i : 9 * i + 9] @ weights[9 * i : 9 * i + 9] for i in range(6)]
-    y = layer.targets(conv(x)[part])[0] - conv.bias
+    y = layer.targets(conv(x)[part])[0].T - conv.bias
     assert (sum(z) - y).abs().max() <= 1e-13 * y.abs().max()
     only = torch.zeros_like(x)
     only[:, 2] = x[:, 2]
-    alone = layer.targets(conv(only)[part])[0] - conv.bias
+    alone = layer.targets(conv(only)[part])[0].T - conv.bias
     assert (z[2] - alone).abs().max() <= 1e-13 * y.abs().max()
 
 
@@ -123,7 +123,7 @@ def test_random_positions_are_some_positions_of_what_all_would_give(
     layer, y = Layer(module), module(x)
     everything = {tuple(row.tolist()) for *_, d in layer.designs(x) for row in rows_of(d)[0]}
     for part, at, design in layer.designs(x, RandomPositions(3)):
-        rows, wanted = rows_of(design), layer.targets(y[part], at)
+        rows, wanted = rows_of(design), layer.targets(y[part], at).transpose(1, 2)
         assert (
             rows @ layer.weights() + module.bias.reshape(layer.groups, 1, -1) - wanted
         ).abs().max() <= 1e-13 * y.abs().max()
@@ -138,7 +138,7 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
     whole = Moments.zeros(2, 3, 4)
     for part in (slice(0, 7), slice(7, 30), slice(30, 50)):
         one = Moments.zeros(2, 3, 4)
-        one.add(Rows(x[:, part]), r[:, part])
+        one.add(Rows(x[:, part]), r[:, part].transpose(1, 2))
         whole = whole + one
     centred = whole.centred()
     a, b = x - x.mean(1, keepdim=True), r - r.mean(1, keepdim=True)

@@ -21,7 +21,7 @@ class Design(Protocol):
         """``rows' rows``, ``[groups, unknowns, unknowns]``."""
 
     def products(self, targets: torch.Tensor) -> torch.Tensor:
-        """``rows' targets``, ``[groups, unknowns, m]``, for ``[groups, n, m]``."""
+        """``targets rows``, ``[groups, m, unknowns]``, for ``[groups, m, n]``."""
 
     def sums(self) -> torch.Tensor:
         """Sums over rows, ``[groups, unknowns]``."""
@@ -43,8 +43,8 @@ class Rows:
         return self.rows.transpose(1, 2) @ self.rows
 
     def products(self, targets: torch.Tensor) -> torch.Tensor:
-        """``rows' targets``, ``[groups, unknowns, m]``."""
-        return self.rows.transpose(1, 2) @ targets
+        """``targets rows``, ``[groups, m, unknowns]``."""
+        return targets @ self.rows
 
     def sums(self) -> torch.Tensor:
         """Sums over rows, ``[groups, unknowns]``."""
@@ -112,15 +112,15 @@ class Bands:
         return found.reshape(groups, unknowns, unknowns)
 
     def products(self, targets: torch.Tensor) -> torch.Tensor:
-        """``rows' targets``, ``[groups, unknowns, m]``."""
+        """``targets rows``, ``[groups, m, unknowns]``."""
         groups, channels, across = self.lines.shape[:3]
-        m = targets.shape[2]
+        m = targets.shape[1]
         # Targets run over samples, lines, positions along a line.
-        parts = targets.reshape(groups, self.samples, self._made, -1, m)
-        ordered = parts.transpose(1, 2).reshape(groups, -1, m)
-        bands = [self._band(i * self.gap, self._made) @ ordered for i in range(self.kernel)]
-        stacked = torch.stack([b.unflatten(1, (channels, across)) for b in bands], 2)
-        return stacked.flatten(1, 3)
+        parts = targets.reshape(groups, m, self.samples, self._made, -1)
+        ordered = parts.transpose(2, 3).reshape(groups, m, -1)
+        bands = (self._band(i * self.gap, self._made) for i in range(self.kernel))
+        found = [ordered @ band.transpose(1, 2) for band in bands]
+        return torch.stack([f.unflatten(2, (channels, across)) for f in found], 3).flatten(2)
 
     def sums(self) -> torch.Tensor:
         """Sums over rows, ``[groups, unknowns]``."""

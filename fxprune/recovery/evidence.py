@@ -141,5 +141,5 @@ class _Observer(fx.Interpreter):
 
 
 def _note(seen: Seen, gradient: torch.Tensor) -> None:
-    rows = seen.layer.targets(gradient.detach())
-    seen.squares += rows.square().sum(1).flatten().cpu()
+    outputs = seen.layer.targets(gradient.detach())
+    seen.squares += outputs.square().sum(2).flatten().cpu()

@@ -127,12 +127,12 @@ class Layer:
         return alike and count * self._bytes_per_sample(x) <= 2 * CHUNK_BYTES
 
     def targets(self, y: torch.Tensor, at: Positions = None) -> torch.Tensor:
-        """An output, or a difference of outputs, as ``[groups, n, outputs / groups]`` float64."""
+        """An output, or a difference of outputs, as ``[groups, outputs / groups, n]`` float64."""
         y = _at(self._batched(y), at, last=isinstance(self.module, nn.Linear)).double()
         if isinstance(self.module, nn.Linear):
-            return y.reshape(1, -1, y.shape[-1])
+            return y.reshape(1, -1, y.shape[-1]).transpose(1, 2)
         y = y.transpose(0, 1).flatten(1)  # [outputs, n]
-        return y.reshape(self.groups, -1, y.shape[1]).transpose(1, 2)
+        return y.reshape(self.groups, -1, y.shape[1])
 
     def weights(self) -> torch.Tensor:
         """``[groups, unknowns, outputs / groups]`` in float64."""

@@ -9,7 +9,7 @@ from fxprune.recovery.design import Design
 
 @dataclass(slots=True, eq=False)
 class Moments:
-    """Sums over samples of products of rows ``x [g, n, d]`` and targets ``r [g, n, m]``, float64.
+    """Sums over samples of products of rows ``x [g, n, d]`` and targets ``r [g, m, n]``, float64.
 
     Attributes:
         xx: ``[g, d, d]``.
@@ -39,8 +39,8 @@ class Moments:
         if self.xx.numel():
             self.xx += x.squares().cpu()
         if r is not None:
-            self.xr += x.products(r).cpu()
-            self.r += r.sum(1).cpu()
+            self.xr += x.products(r).transpose(1, 2).cpu()
+            self.r += r.sum(2).cpu()
         self.x += x.sums().cpu()
         self.n += x.n
 

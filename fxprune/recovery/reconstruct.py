@@ -313,7 +313,7 @@ def _energy(tensors: list[torch.Tensor]) -> float:
 def _spread(layer: Layer, targets: list[torch.Tensor]) -> float:
     """Sum of squares of the targets about their means."""
     outputs = [layer.targets(t) for t in targets]
-    n = sum(t.shape[1] for t in outputs)
+    n = sum(t.shape[2] for t in outputs)
     squares = sum(float(t.square().sum()) for t in outputs)
-    means = torch.stack([t.sum(1) for t in outputs]).sum(0) / n
+    means = torch.stack([t.sum(2) for t in outputs]).sum(0) / n
     return max(squares - n * float(means.square().sum()), 1e-300)
