@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,12 @@ def assert_equal(name: str, criterion: Any, ours: Any, prepare: Any = None) -> N
     model, x, deps = network(name)
     if prepare is not None:
         prepare(model, x)
-    scores = ours(deps)
+    assert_same_scores(model, x, deps, criterion, ours(deps))
+
+
+def assert_same_scores(
+    model: nn.Module, x: Tensor, deps: fp.DependencyGraph, criterion: Any, scores: Tensor
+) -> None:
     groups = list(theirs(model, x, deps, criterion))
     assert len(groups) >= 2
     for found, channels in groups:
@@ -142,3 +148,32 @@ def test_hessian(name: str) -> None:
     x = ZOO[name].inputs()
     ours = fp.OBD([x], loss, roles=BOTH)
     assert_equal(name, peer, lambda deps: 2 * ours(deps), accumulate)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+@pytest.mark.parametrize("name", ["plain_chain", "residual", "inception"])
+def test_obd_c(name: str) -> None:
+    """Without the factor 1/2, and summed over samples; it fails on layers with a bias."""
+    model, x = build(name), ZOO[name].inputs()
+    for module in model.modules():
+        if isinstance(module, tuple(LAYERS)):
+            module.bias = None
+
+    def summed(output: Tensor, targets: Any = None) -> Tensor:
+        return output.square().sum(1).mean()
+
+    peer = tp.importance.OBDCImportance("sum", None)
+    pruner = SimpleNamespace(
+        DG=tp.DependencyGraph().build_dependency(model, example_inputs=x),
+        ignored_layers=[],
+        root_module_types=[nn.Conv2d, nn.Linear],
+        _downstream_node_as_root_if_attention=lambda group: group,
+    )
+    peer._prepare_model(model, pruner)
+    summed(model(x)).backward()
+    peer.modules = list(dict.fromkeys(peer.modules))
+    peer.step()
+    peer._rm_hooks(model)
+    deps = analysed(model, x)
+    scores = 2 * len(x) * fp.OBD(x.split(1), summed)(deps)
+    assert_same_scores(model, x, deps, peer, scores)

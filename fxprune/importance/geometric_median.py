@@ -10,7 +10,7 @@ from fxprune.importance.criterion import PRODUCERS, FloatArray, Roles, check_cho
 from fxprune.importance.slots import REDUCTIONS, Pool, check_finite, rows, weight_data
 from fxprune.ops.labels import IntArray
 
-_CELLS = 2**24  # of float64 that are worked on at a time
+_CELLS = 2**24  # weights that are worked on at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ def summed_distances(filters: torch.Tensor, positions: IntArray) -> FloatArray:
         [n], float64.
     """
     n, k = positions.shape
-    at = torch.from_numpy(positions).to(filters.device)
-    gram = torch.zeros(n, n, dtype=torch.float64, device=filters.device)
+    at = torch.from_numpy(positions).to(filters.device).flatten()
+    gram = torch.zeros(n, n, dtype=filters.dtype, device=filters.device)
     for part in filters.split(max(_CELLS // (n * k), 1), 1):
-        vectors = part[at.flatten()].double().view(n, -1)
-        vectors -= vectors.mean(0)  # distances stay, and cancellation is less
-        gram += vectors @ vectors.T
-    squares = gram.diagonal()
-    distances = (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0).sqrt()
+        vectors = part[at].view(n, -1)
+        vectors = vectors - vectors.mean(0)  # distances stay, and cancellation is less
+        gram.addmm_(vectors, vectors.T)
+    squares = gram.diagonal().clone()
+    distances = gram.mul_(-2).add_(squares).add_(squares[:, None]).clamp_min_(0).sqrt_()
     distances.fill_diagonal_(0)
-    return np.asarray(distances.sum(1).cpu().numpy())
+    return np.asarray(distances.sum(1, dtype=torch.float64).cpu().numpy())

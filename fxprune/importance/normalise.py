@@ -78,15 +78,13 @@ class Normalised:
     Inside a group the order stays what it was. Between groups it changes: raw magnitudes of layers
     with many weights are large whatever the layers do.
 
-    ==========  =====================================================
-    none        x
-    sum         x / sum
-    mean        x / mean
-    max         x / max
-    minmax      (x - min) / (max - min)
-    gaussian    (x - mean) / standard deviation (unbiased)
-    lamp        x / sum of all that are not smaller, in ascending order
-    ==========  =====================================================
+        none      x
+        sum       x / sum
+        mean      x / mean
+        max       x / max
+        minmax    (x - min) / (max - min)
+        gaussian  (x - mean) / standard deviation (unbiased)
+        lamp      x / sum of all that are not smaller
 
     Shapes: [n_channels], float64. Units: none.
     Source: Fang et al., DepGraph, CVPR 2023, arXiv:2301.12900, and Torch-Pruning, whose
