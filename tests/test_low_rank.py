@@ -280,3 +280,54 @@ def test_both_frontends_give_the_same(frontend: str) -> None:
     result = fp.decompose_spatial(fp.trace(model, x[:2], frontend), flops=0.6)
     other = fp.decompose_spatial(fp.trace(model, x[:2]), flops=0.6)
     torch.testing.assert_close(result.model(x), other.model(x), rtol=1e-12, atol=1e-12)
+
+
+# --- channel decomposition -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, 10**6])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_responses_are_projected_on_their_principal_components(name: str, rank: int) -> None:
+    options = {"bias": True} | CONVOLUTIONS[name]
+    conv = nn.Conv2d(3, 5, **options).to(D).requires_grad_(False)
+    model = nn.Sequential(conv, nn.Softplus())  # the product itself is compared, without a fit
+    x = torch.randn(6, 3, 13, 12, dtype=D)
+    result = fp.decompose_channels(fp.trace(model, x), x.split(4), rank=rank, ridge=1e300)
+    y = conv(x) - (0 if conv.bias is None else conv.bias.view(-1, 1, 1))
+    responses = y.permute(0, 2, 3, 1).flatten(0, 2).numpy()
+    _, s, v = np.linalg.svd(responses, full_matrices=False)
+    near = torch.from_numpy(responses @ v[:rank].T @ v[:rank]).view(6, *y.shape[2:], 5)
+    expected = near.permute(0, 3, 1, 2) + (0 if conv.bias is None else conv.bias.view(-1, 1, 1))
+    assert result.layers[0].energy == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), abs=1e-12)
+    first, second = result.model.get_submodule("0").children()
+    given = second(first(x))
+    if conv.bias is None:
+        torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-9)
+    else:  # a fitted intercept takes up the mean of what is lost
+        shift = (conv(x) - expected).mean((0, 2, 3), keepdim=True)
+        torch.testing.assert_close(given, expected + shift, rtol=1e-9, atol=1e-9)
+
+
+def test_channel_decomposition_sees_what_earlier_layers_lost() -> None:
+    model, x = make()
+    traced = fp.trace(model, x[:2])
+    result = fp.decompose_channels(traced, x, flops=0.8)
+    assert result.macs == fp.analyze(fp.trace(result.model, x[:2])).macs.total()
+    assert result.macs <= 0.8 * result.macs_before
+    assert {c.layer for c in result.layers} <= {"stem", "conv.0", "last"}
+    assert all(f.after <= f.before for f in result.reconstruction.fits)
+    plain = fp.decompose_channels(traced, x, flops=0.8, ridge=1e300)
+    with torch.no_grad():
+        error = [float((r.model(x) - model(x)).square().sum()) for r in (plain, result)]
+    assert error[1] < error[0]
+
+
+def test_channel_decomposition_refuses_what_other_passes_refuse() -> None:
+    model, x = make()
+    traced = fp.trace(model, x[:2])
+    with pytest.raises(fp.ArgumentError, match="holds no batch"):
+        fp.decompose_channels(traced, [], rank=2)
+    with pytest.raises(fp.ArgumentError, match="exactly one"):
+        fp.decompose_channels(traced, x)
+    with pytest.raises(fp.NonFiniteError, match="batch 0"):
+        fp.decompose_channels(traced, x * torch.nan, rank=2)

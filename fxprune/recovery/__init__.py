@@ -10,6 +10,7 @@ from fxprune.recovery.lasso import LASSO
 from fxprune.recovery.low_rank import (
     LowRankLayer,
     LowRankResult,
+    decompose_channels,
     decompose_spatial,
     factorize_linear,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ReconstructionError",
     "ScaleSparsity",
     "VGGRatios",
+    "decompose_channels",
     "decompose_spatial",
     "factorize_linear",
     "finetune",

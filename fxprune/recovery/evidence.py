@@ -8,12 +8,13 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from fxprune.capture.batches import Inputs
+from fxprune.capture.batches import Inputs, collect
 from fxprune.capture.inputs import describe
 from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ExampleInputError, NonFiniteError
 from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer, RandomPositions
+from fxprune.recovery.lockstep import Lockstep
 from fxprune.recovery.moments import Moments
 
 
@@ -143,3 +144,34 @@ class _Observer(fx.Interpreter):
 def _note(seen: Seen, gradient: torch.Tensor) -> None:
     outputs = seen.layer.targets(gradient.detach())
     seen.squares += outputs.square().sum(2).flatten().cpu()
+
+
+def responses(traced: TracedModel, batches: Any, names: set[str]) -> dict[str, torch.Tensor]:
+    """Products ``[o, o]`` of what two-dimensional convolutions return, without their bias.
+
+    Args:
+        traced: the captured original; nothing of it changes.
+        batches: calibration inputs, see ``collect``.
+        names: layers.
+
+    Raises:
+        ArgumentError: the batches do not fit the model.
+        ExampleInputError: the model does not run on a batch.
+        NonFiniteError: a batch or a response holds NaN or infinity.
+    """
+    module = traced.graph_module
+    found: dict[str, torch.Tensor] = {}
+    with undisturbed(module):
+        run = Lockstep(module, collect(batches, module, traced.args))
+        for node in tqdm(run, total=len(run), desc="responses", unit="node", leave=False):
+            name = str(node.target)
+            if node.op != "call_module" or name not in names:
+                continue
+            bias: Any = module.get_submodule(name).bias
+            for y in run.values[node]:
+                flat = y.detach().transpose(-3, 0).flatten(1).double()  # [o, n]
+                flat = flat if bias is None else flat - bias.detach().double().unsqueeze(1)
+                found[name] = found.get(name, 0) + (flat @ flat.T).cpu()
+            if not bool(torch.isfinite(found[name]).all()):
+                raise NonFiniteError(f"{name} returns NaN or infinity on the calibration batches")
+    return found

@@ -108,6 +108,50 @@ class Spatial:
         return int(batch * (between + made[-2] * made[-1] * int(module.out_channels) * columns))
 
 
+class Channels:
+    """``W [o, i, y, x] = sum_r P [o, r] Q [r, i, y, x]``: fewer filters, then a 1 x 1 convolution.
+
+    Not the weights but what they give on samples is approximated: ``P P'`` projects on the first
+    principal components of the responses, and ``Q = P' W``.
+    Source: Zhang, Zou, He and Sun, Accelerating Very Deep Convolutional Networks for Classification
+    and Detection, TPAMI 2016, arXiv:1505.06798, section 3.1.
+    """
+
+    def fits(self, module: nn.Module) -> str:
+        """Plain two-dimensional convolutions."""
+        if type(module) is not nn.Conv2d:
+            return "other"
+        return "" if module.groups == 1 else f"it has {module.groups} groups"
+
+    def matrix(self, module: Any) -> torch.Tensor:
+        """``[i * y * x, o]``."""
+        weight: torch.Tensor = module.weight.detach().double().cpu()
+        return weight.flatten(1).T
+
+    def layers(self, module: Any, first: torch.Tensor, second: torch.Tensor) -> nn.Sequential:
+        """The convolution with fewer filters, and a 1 x 1 one with the bias."""
+        rank = first.shape[1]
+        narrow = nn.Conv2d(
+            module.in_channels,
+            rank,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            bias=False,
+            padding_mode=module.padding_mode,
+            device="meta",
+        )
+        wide = nn.Conv2d(rank, module.out_channels, 1, device="meta")
+        q = first.T.reshape(rank, *module.weight.shape[1:])
+        return _filled(module, (narrow, q), (wide, second.T[:, :, None, None]))
+
+    def macs_per_rank(self, module: Any, read: Shape, made: Shape) -> int:
+        """One filter and one column of P, at every position of the output."""
+        positions = math.prod(made) // int(module.out_channels)
+        return positions * int(module.weight[0].numel() + module.out_channels)
+
+
 def _filled(
     module: Any, first: tuple[Any, torch.Tensor], second: tuple[Any, torch.Tensor]
 ) -> nn.Sequential:

@@ -1,8 +1,9 @@
 """Low-rank passes: one layer becomes two thin ones whose product is closest to it.
 
-Both passes truncate an SVD, which is the best approximation of the weights of that rank in the
-Frobenius norm (Eckart and Young 1936). The second layer takes the graph node of the original one,
-so it can be fitted to the original's outputs like any layer of a slim model.
+Each pass truncates an SVD, which is the best approximation of that rank in the Frobenius norm
+(Eckart and Young 1936): of the weights, or of what they give on samples. The second layer takes the
+graph node of the original one, so it can be fitted to the original's outputs like any layer of a
+slim model.
 """
 
 import difflib
@@ -18,13 +19,15 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
+from fxprune.capture.batches import as_list
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import analyze
 from fxprune.errors import ArgumentError, BudgetError, NonFiniteError
 from fxprune.planning.budget import Share, parse_share
 from fxprune.planning.build import describe
 from fxprune.recovery.elimination import FloatArray
-from fxprune.recovery.factors import Kind, Linear, Spatial
+from fxprune.recovery.evidence import responses
+from fxprune.recovery.factors import Channels, Kind, Linear, Spatial
 from fxprune.recovery.reconstruct import Reconstruction, duplicate, reconstruct_model
 
 
@@ -36,7 +39,8 @@ class LowRankLayer:
         layer: qualified name; the two are its ``0`` and ``1``.
         rank: number of channels between the two.
         full_rank: the rank at which nothing is lost.
-        energy: share of the squared weights that the product keeps.
+        energy: share of the squared weights that the product keeps; of the squared responses, where
+            these are approximated.
         macs_before: multiply-adds of the one, on the example inputs.
         macs: multiply-adds of the two.
     """
@@ -120,6 +124,48 @@ def decompose_spatial(
     return _Pass(traced, Spatial(), layers).run(rank, energy, flops, calibration, ridge)
 
 
+def decompose_channels(
+    traced: TracedModel,
+    calibration: Any,
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    energy: float | None = None,
+    flops: Share | None = None,
+    layers: Iterable[str] = (),
+    ridge: float | None = None,
+) -> LowRankResult:
+    """Split convolutions in one with fewer filters and a 1 x 1 one, by what they give on samples.
+
+    Exactly one of ``rank``, ``energy`` and ``flops`` is needed. The filters span the first
+    principal components of the original's responses. Then the 1 x 1 layers are fitted in the order
+    of the graph, from what they read in the new model, to the original: that is the asymmetric
+    reconstruction of the source, and a ReLU behind the layer is taken into account.
+
+    Source: Zhang, Zou, He and Sun, TPAMI 2016, arXiv:1505.06798; the channel decomposition of the
+        3C recipe of He, Zhang and Sun, arXiv:1707.06168.
+    Differs: responses are not centred, so the bias stays; the filters are those of the original's
+        responses, and only the 1 x 1 layers see what earlier layers have lost.
+
+    Args:
+        traced: the captured model, which is not modified.
+        calibration: samples as for ``reconstruct``.
+        rank: channels between the two layers, one number for all or by layer.
+        energy: share of the squared responses to keep in every layer; where the two would cost more
+            than the one, it stays.
+        flops: share of the model's MACs to keep at most: the largest common energy is taken.
+        layers: names, containers or globs; all two-dimensional convolutions if empty.
+        ridge: as in ``reconstruct``.
+
+    Raises:
+        ArgumentError: the options mean nothing, or name no such layer.
+        BudgetError: the MACs are exceeded at rank 1.
+        ExampleInputError: the model does not run on the samples.
+        NonFiniteError: weights, samples or activations hold NaN or infinity.
+    """
+    batches = as_list(calibration)
+    return _Pass(traced, Channels(), layers, batches).run(rank, energy, flops, batches, ridge)
+
+
 def factorize_linear(
     traced: TracedModel,
     *,
@@ -146,9 +192,9 @@ class _Candidate:
 
     name: str
     module: Any
-    left: torch.Tensor  # [rows, full rank], columns of length sqrt(singular value)
+    left: torch.Tensor  # [rows, full rank]
     right: torch.Tensor  # [full rank, columns]
-    kept: FloatArray  # [full rank], share of the squared weights with 1, 2, ... ranks
+    kept: FloatArray  # [full rank], share of the squares with 1, 2, ... ranks
     macs: int
     macs_per_rank: int
 
@@ -166,6 +212,7 @@ class _Pass:
     traced: TracedModel
     kind: Kind
     layers: Iterable[str]
+    seen: list[Any] | None = None  # batches on which responses are approximated, not weights
     kept: list[tuple[str, str]] = field(default_factory=list)
 
     @torch.inference_mode(mode=False)
@@ -216,7 +263,7 @@ class _Pass:
         names = [name for name in calls if fits[name] != "other"]
         match = _matcher(names, wanted if wanted is not None else self.layers)
         owners = Counter(id(t) for _, t in module.named_parameters(remove_duplicate=False))
-        found = []
+        split = []
         for name in filter(match, names):
             layer: Any = module.get_submodule(name)
             why = fits[name]
@@ -229,20 +276,32 @@ class _Pass:
             if why:
                 self.kept.append((name, why))
             else:
-                found.append(self._candidate(name, layer, calls[name]))
-        return found
+                split.append((name, layer))
+        squares: dict[str, torch.Tensor] = {}
+        if self.seen is not None:
+            squares = responses(self.traced, self.seen, {name for name, _ in split})
+        return [self._candidate(n, layer, calls[n], squares.get(n)) for n, layer in split]
 
-    def _candidate(self, name: str, module: Any, calls: list[fx.Node]) -> _Candidate:
+    def _candidate(
+        self, name: str, module: Any, calls: list[fx.Node], squares: torch.Tensor | None
+    ) -> _Candidate:
         matrix = self.kind.matrix(module)
         if not bool(torch.isfinite(matrix).all()):
             raise NonFiniteError(f"{name}.weight holds NaN or infinity")
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        root = s.sqrt()
-        kept = (s.square().cumsum(0) / s.square().sum().clamp_min(1e-300)).numpy()
+        if squares is None:
+            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+            root = s.sqrt()
+            left, right, power = u * root, root[:, None] * v, s.square()
+        else:
+            values, vectors = torch.linalg.eigh(squares)
+            most = min(matrix.shape)  # responses span no more
+            power, right = values.flip(0).clamp_min(0)[:most], vectors.T.flip(0)[:most]
+            left = matrix @ right.T
+        kept = (power.cumsum(0) / power.sum().clamp_min(1e-300)).numpy()
         shapes = [(self._shape(n.all_input_nodes[0]), self._shape(n)) for n in calls]
         per_rank = sum(self.kind.macs_per_rank(module, *shape) for shape in shapes)
         macs = sum(math.prod(made) for _, made in shapes) * int(module.weight[0].numel())
-        return _Candidate(name, module, u * root, root[:, None] * v, kept, macs, per_rank)
+        return _Candidate(name, module, left, right, kept, macs, per_rank)
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         ref: Ref = self.traced.results[node.name]
