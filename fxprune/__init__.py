@@ -17,6 +17,7 @@ from fxprune.errors import (
     ArtifactError,
     BudgetError,
     CaptureError,
+    EvaluationError,
     ExampleInputError,
     FingerprintError,
     FxpruneError,
@@ -74,11 +75,13 @@ from fxprune.recovery import (
     reinitialized,
 )
 from fxprune.rewrite import rewrite
+from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
 from fxprune.verify import Verdict, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CIE",
     "CPMC",
     "FPGM",
     "HGSR",
@@ -94,9 +97,12 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "ChannelPruning",
+    "Curve",
     "DependencyGraph",
     "DependencySparsity",
     "Distillation",
+    "Evaluation",
+    "EvaluationError",
     "Evidence",
     "ExampleInputError",
     "FeatureMatching",
@@ -125,6 +131,7 @@ __all__ = [
     "Refusal",
     "RewriteError",
     "ScaleSparsity",
+    "Sensitivity",
     "Taylor",
     "TracedModel",
     "VGGRatios",
@@ -150,6 +157,7 @@ __all__ = [
     "rewrite",
     "rules",
     "save",
+    "sensitivity",
     "trace",
     "verify",
 ]

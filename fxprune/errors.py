@@ -35,6 +35,10 @@ class PlanError(FxpruneError):
     """A plan that contradicts itself or the model it is used with."""
 
 
+class EvaluationError(FxpruneError):
+    """The function that measures a model raised, or the processes that run it were lost."""
+
+
 class FingerprintError(PlanError):
     """A plan made for another model."""
 

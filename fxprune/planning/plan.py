@@ -85,7 +85,9 @@ class PruningPlan:
         approximate: graph nodes where a statistic over channels changes.
         search: what is known about the choice, for allocations that look for the best: ``value``,
             the share of all scores that is kept; ``value_of_greedy``; and ``bound``, which no plan
-            with the widths that were considered exceeds.
+            with the widths that were considered exceeds. Of ``CIE``: ``damage``, the largest
+            stand-alone damage that a group suffers, and ``unscanned``, how many channels went
+            although the scan says nothing about so many.
     """
 
     fingerprint: str
@@ -163,7 +165,8 @@ class PruningPlan:
         lines.append("asked: " + ", ".join(f"{k}={v}" for k, v in self.requested.items()))
         if self.search:
             known = ", ".join(f"{k} {v:.4f}" for k, v in self.search.items())
-            lines.append(f"share of all scores: {known}")
+            what = "share of all scores" if "value" in self.search else "found"
+            lines.append(f"{what}: {known}")
         rows = [
             (g.name, g.width, len(g.kept), f"{len(g.kept) / g.width:.0%}", g.note)
             for g in self.groups
