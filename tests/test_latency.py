@@ -175,7 +175,7 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(Killed):
         LatencyTable.measure(traced, timer=first, cache=tmp_path, progress=False)
     table = LatencyTable.measure(traced, timer=second, cache=tmp_path, progress=False)
-    assert first.calls + second.calls == whole.calls
+    assert whole.calls <= first.calls + second.calls < whole.calls + 4  # pairs are kept whole
     assert table.to_json() == expected.to_json()
     third = Device(formula)
     LatencyTable.measure(traced, timer=third, cache=tmp_path, progress=False)

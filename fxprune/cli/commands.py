@@ -1,20 +1,26 @@
 """What each command does: options in, whether all is equal and the text to print out."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fxprune as fp
+from fxprune.cli.bench import bench_data, bench_report, bench_setting
 from fxprune.cli.calibration import read_calibration
 from fxprune.cli.data import inspection, outcome, verdict_data
 from fxprune.cli.models import build, example_inputs, recorded_inputs
 from fxprune.cli.options import CALIBRATED, CRITERIA
 from fxprune.errors import ArgumentError
 from fxprune.export.save import PLAN_FILE, check_target
+from fxprune.latency.bench import bench
+from fxprune.latency.setting import usable_device
 from fxprune.planning.request import COSTS
 
 
@@ -52,10 +58,41 @@ def _verify(options: argparse.Namespace) -> tuple[bool, str]:
     return verdict.ok, _json(verdict_data(verdict)) if options.json else str(verdict)
 
 
+def _bench(options: argparse.Namespace) -> tuple[bool, str]:
+    slim = fp.load(options.slim, trust=options.trust)
+    model, inputs = _model(options.against, options, recorded_in=options.slim)
+    if options.device is not None:
+        device = usable_device(options.device)
+        slim, model = slim.to(device), model.to(device)
+        inputs = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
+    chosen = {} if options.runtime is None else {"runtimes": options.runtime}
+    _say(f"timing {options.slim} beside {options.against}")
+    with _threads(options.threads):
+        found = bench(slim, model, inputs, rounds=options.rounds, **chosen)
+        setting = bench_setting(inputs, options.rounds)
+    if all(c.problem for c in found):
+        raise ArgumentError("; ".join(f"{c.runtime}: {c.problem}" for c in found))
+    text = _json(bench_data(found, setting)) if options.json else bench_report(found, setting)
+    return True, text
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    if count is not None and count < 1:
+        raise ArgumentError(f"--threads {count} has to be at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "inspect": _inspect,
     "prune": _prune,
     "verify": _verify,
+    "bench": _bench,
 }
 
 

@@ -14,6 +14,7 @@ examples
   fxprune inspect torchvision/resnet18
   fxprune prune torchvision/resnet18 --flops 50% --out slim
   fxprune verify slim --against torchvision/resnet18
+  fxprune bench slim --against torchvision/resnet18
 """
 _EXIT_STATUS = """\
 exit status
@@ -66,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="the original, with the --weights or --seed that it was pruned with",
     )
     _add_model_options(verify)
+
+    bench = _command(commands, "bench", "time a saved slim model beside its original")
+    bench.add_argument("slim", metavar="SLIM_DIR", help="folder that prune --out wrote")
+    bench.add_argument("--against", metavar="MODEL", required=True, help="the original")
+    _add_bench_options(bench)
+    _add_model_options(bench)
     return root
 
 
@@ -142,6 +149,24 @@ def _add_output_options(prune: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--no-verify", action="store_true", help="do not compare with the masked original"
     )
+
+
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
+    timing = bench.add_argument_group("what to time")
+    timing.add_argument(
+        "--runtime",
+        action="append",
+        choices=("eager", "compile", "onnxruntime"),
+        help="as PyTorch runs it, through torch.compile, or exported to ONNX; repeatable "
+        "(default: all)",
+    )
+    timing.add_argument(
+        "--rounds", type=int, default=30, metavar="N", help="runs of each model (default: 30)"
+    )
+    timing.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of every runtime (default: PyTorch's)"
+    )
+    timing.add_argument("--device", metavar="DEVICE", help="where to run, e.g. cuda (default: cpu)")
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:

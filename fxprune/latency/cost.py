@@ -40,10 +40,12 @@ class LatencyCost:
     def per_operation(self, alive: BoolArray | None = None) -> FloatArray:
         """Seconds of each of ``operations``, [operations]; they add up to ``total``."""
         counts = self.widths.counts(alive)
-        smooth = self._curves.at(self._points(counts))
-        stairs = self._curves.at(self._points(self._ceiled(counts)))
-        seconds = smooth + self._stair * (stairs - smooth)
-        return self.scale * seconds + self.overhead / max(len(self.operations), 1)
+        points, edges = self._points(counts), self._points(self._ceiled(counts))
+        uneven = np.where(edges > points, self._curves.uneven, 1.0).prod(axis=1)
+        seconds = self._curves.at(points + self._curves.stair * (edges - points)) * uneven
+        shared = self.overhead / max(len(self.operations), 1)
+        result: FloatArray = self.scale * seconds + shared
+        return result
 
     def marginal(self, alive: BoolArray | None = None) -> FloatArray:
         """Seconds that removing each channel alone would free, [n_channels].
@@ -57,10 +59,11 @@ class LatencyCost:
     def added(self, alive: BoolArray) -> FloatArray:
         """Least seconds that keeping each channel in addition would bring, [n_channels].
 
-        A lower bound also for channels that are added together and after others.
+        A lower bound also for channels that are added together and after others, but for what
+            reaching the edge of a step saves.
         """
         slopes = self._curves.least_slopes(self._points(self.widths.counts(alive)))
-        return self._of_channels(slopes * (1 - self._stair[:, None]), alive, self.widths.sure)
+        return self._of_channels(slopes * (1 - self._curves.stair), alive, self.widths.sure)
 
     def _of_channels(self, slopes: FloatArray, alive: BoolArray | None, lost: object) -> FloatArray:
         """Chain rule: from axes of operators over widths to channels."""
@@ -95,10 +98,6 @@ class LatencyCost:
     @cached_property
     def _curves(self) -> Grids:
         return Grids(self.grids)
-
-    @cached_property
-    def _stair(self) -> FloatArray:
-        return np.array([g.stair for g in self.grids])
 
     @cached_property
     def _terms(self) -> list[tuple[int, float, tuple[int, ...]]]:

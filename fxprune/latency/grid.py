@@ -19,12 +19,15 @@ class Grid:
     Attributes:
         levels: ascending, per axis; none for a time that never changes.
         seconds: [levels of axis 0, levels of axis 1, ...].
-        stair: how the time follows widths between levels: 0 in a line, 1 in steps.
+        stair: per axis, how the time follows widths between edges of steps: 0 in a line, 1 in
+            steps; empty for 0.
+        uneven: per axis, factor on the time where a width is on no edge; empty for 1.
     """
 
     levels: tuple[tuple[float, ...], ...]
     seconds: FloatArray
-    stair: float = 0.0
+    stair: tuple[float, ...] = ()
+    uneven: tuple[float, ...] = ()
 
 
 def monotone(seconds: FloatArray) -> FloatArray:
@@ -52,7 +55,7 @@ def completed(grid: Grid) -> Grid:
         origin = np.maximum(first - slope * level[0], 0.0)
         seconds = np.concatenate([origin, seconds], axis=axis)
         levels.append((0.0, *level))
-    return Grid(tuple(levels), seconds, grid.stair)
+    return Grid(tuple(levels), seconds, grid.stair, grid.uneven)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +93,20 @@ class Grids:
         for axis in range(self.axes):
             least[:, axis] = self._least[axis][self._start + (cells * self._strides).sum(axis=1)]
         return least
+
+    @cached_property
+    def stair(self) -> FloatArray:
+        """[grids, axes]."""
+        return self._per_axis([g.stair for g in self.given], 0.0)
+
+    @cached_property
+    def uneven(self) -> FloatArray:
+        """[grids, axes]."""
+        return self._per_axis([g.uneven for g in self.given], 1.0)
+
+    def _per_axis(self, given: Sequence[tuple[float, ...]], other: float) -> FloatArray:
+        rows = [(*values, *(other,) * (self.axes - len(values))) for values in given]
+        return np.array(rows, dtype=np.float64).reshape(len(given), self.axes)
 
     @property
     def axes(self) -> int:

@@ -37,7 +37,9 @@ _VOLUME_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 _SWEPT = 3  # operators whose widths are measured finely
 _NARROW = 64  # other widths meanwhile: steps show best in small operators
 _VISIBLE = 0.03  # a step has to be so much of the time to be told from noise
-_ROUNDS = 15  # of the whole model
+_DISTURBED = 0.1  # by so much a wider operator is not faster
+_MOST_UNEVEN = 1.5
+_ROUNDS, _WHOLE_SECONDS = (3, 15), 10.0  # of the whole model: least and most, and for how long
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +100,18 @@ class _Bench:
         call = call_at(operation, self.sizes, self.layouts)
         return json.dumps([call.key, patterns, bool(operation.products)])
 
-    def seconds(self, key: str, operation: Operation, point: Sequence[float]) -> float:
-        """Time of an operator at a point of its grid."""
-        at = ",".join(f"{p:g}" for p in point)
-        found = self.cache.get(key, at)
-        if found is None:
-            widths = widths_at(operation, self.sizes, point)
-            found = self.time_call(call_at(operation, widths, self.layouts))
-            self.cache.put(key, at, found)
+    def seconds(
+        self, key: str, operation: Operation, point: Sequence[float], *, anew: bool = False
+    ) -> float:
+        """Time of an operator at a point of its grid; ``anew``: the least of what is known."""
+        at = _text(point)
+        known = self.cache.get(key, at)
+        if known is not None and not anew:
+            return known
+        widths = widths_at(operation, self.sizes, point)
+        found = self.time_call(call_at(operation, widths, self.layouts))
+        found = found if known is None else min(known, found)
+        self.cache.put(key, at, found)
         return found
 
     def step(self, distinct: Mapping[str, list[Operation]]) -> int:
@@ -151,11 +157,10 @@ class _Bench:
         try:
             times = [self.seconds(key, operation, p) for p in itertools.product(*axes)]
             grid = Grid(axes, np.array(times).reshape([len(a) for a in axes]))
-            return (
-                self._with_stair(key, operation, grid, step)
-                if operation.axes
-                else self._volumes(operation, grid)
-            )
+            grid = self._again(key, operation, grid)
+            if operation.axes:
+                return self._with_steps(key, operation, grid, step)
+            return self._volumes(operation, grid)
         except Exception as error:
             self._note(operation, "cannot be run at other widths, so its time is constant", error)
             return Grid((), np.array(full))
@@ -176,29 +181,66 @@ class _Bench:
             volumes[volume] = seconds
         return Grid((tuple(volumes),), np.array(list(volumes.values())))
 
-    def _with_stair(self, key: str, operation: Operation, grid: Grid, step: int) -> Grid:
-        """The grid with what a point between two steps says about the way between levels."""
-        middle, edge = [], []
-        for w, level in zip(operation.axes, grid.levels, strict=True):
-            below = level[(len(level) - 1) // 2]
-            half = step // 2 if step // 2 % operation.unit(w) == 0 else 0
-            fits = below + step <= self.sizes[w]
-            middle.append(below + half if fits else below)
-            edge.append(below + step if fits and half else below)
-        if middle == edge:
+    def _with_steps(self, key: str, operation: Operation, grid: Grid, step: int) -> Grid:
+        """The grid with what a width between two edges says about all such widths."""
+        if step == 1:
             return grid
-        curve = Grids([grid])
-        line, stair = (float(curve.at(np.array([p]))[0]) for p in (middle, edge))
-        if stair - line < _VISIBLE * line:
-            return grid
-        share = (self.seconds(key, operation, middle) - line) / (stair - line)
-        return Grid(grid.levels, grid.seconds, float(np.clip(share, 0, 1)))
+        base = [level[(len(level) - 1) // 2] for level in grid.levels]
+        curve, stair, uneven = Grids([grid]), [], []
+        for axis, width in enumerate(operation.axes):
+            middle, edge = base.copy(), base.copy()
+            middle[axis] += step // 2
+            edge[axis] += step
+            fits = edge[axis] <= self.sizes[width] and base[axis] % step == 0
+            if not fits or step // 2 % operation.unit(width):
+                stair.append(0.0)
+                uneven.append(1.0)
+                continue
+            line, above = (float(curve.at(np.array([p]))[0]) for p in (middle, edge))
+            factor = self._ratio(key, operation, middle, edge)
+            time = factor * above
+            seen = above - line > _VISIBLE * line
+            stair.append(float(np.clip((time - line) / (above - line), 0, 1)) if seen else 0.0)
+            uneven.append(min(factor, _MOST_UNEVEN) if factor > 1 + _VISIBLE else 1.0)
+        return Grid(grid.levels, grid.seconds, tuple(stair), tuple(uneven))
+
+    def _ratio(
+        self, key: str, operation: Operation, point: Sequence[float], edge: Sequence[float]
+    ) -> float:
+        """Time at a point by time at another, measured in turns: the machine may have drifted."""
+        at = f"{_text(point)} by {_text(edge)}"
+        known = self.cache.get(key, at)
+        if known is None:
+            calls = [
+                call_at(operation, widths_at(operation, self.sizes, p), self.layouts)
+                for p in (point, edge)
+            ]
+            times = [[self.time_call(call) for call in calls] for _ in range(2)]
+            least, below = np.min(times, axis=0).tolist()
+            known = least / below if below > 0 else 1.0
+            self.cache.put(key, at, known)
+        return known
+
+    def _again(self, key: str, operation: Operation, grid: Grid) -> Grid:
+        """The grid with a second look where a wider operator was faster: something disturbed it."""
+        seconds = grid.seconds.copy()
+        least = seconds.copy()
+        for axis in range(seconds.ndim):
+            least = np.flip(np.minimum.accumulate(np.flip(least, axis), axis=axis), axis)
+        for at in zip(*np.nonzero(seconds > (1 + _DISTURBED) * least), strict=True):
+            point = [level[k] for level, k in zip(grid.levels, at, strict=True)]
+            seconds[at] = min(seconds[at], self.seconds(key, operation, point, anew=True))
+        return Grid(grid.levels, seconds)
 
     def _note(self, operation: Operation, what: str, error: Exception) -> None:
         why = str(error).partition("\n")[0]
         self.notes.append(
             f"{operation.record.node}: {operation.record.op} {what} ({type(error).__name__}: {why})"
         )
+
+
+def _text(point: Sequence[float]) -> str:
+    return ",".join(f"{p:g}" for p in point)
 
 
 def _narrow(unit: int) -> int:
@@ -290,7 +332,9 @@ def _whole(
     """Seconds of the whole model, and of its Python code."""
     args = torch.utils._pytree.tree_map_only(torch.Tensor, setting.place, traced.args)
     with ready(model, args) as run:
-        seconds = {"model": float(np.median(interleaved([run], _ROUNDS, setting.clock)))}
+        first = float(interleaved([run], 1, setting.clock)[0, 0])
+        rounds = int(np.clip(_WHOLE_SECONDS / max(first, 1e-9), *_ROUNDS))
+        seconds = {"model": float(np.median(interleaved([run], rounds, setting.clock)))}
         if replay is not None:
             # A GraphModule prints what goes wrong in it, which here is nobody's concern.
             code = python_seconds(lambda: type(model).forward(model, *args), replay, setting.clock)

@@ -58,16 +58,26 @@ def make_setting(
     Raises:
         ArgumentError: there is no such device, or the type is not one of floating point.
     """
-    try:
-        chosen = own if device is None else torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device={device!r} cannot be used: {error}") from error
-    if chosen.type == "meta":
-        raise ArgumentError("the meta device computes nothing, so there is no time to measure")
+    chosen = own if device is None else usable_device(device)
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype={dtype} is no floating point type")
     return Setting(chosen, dtype, channels_last, clock)
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device of this machine that computes.
+
+    Raises:
+        ArgumentError: there is no such device.
+    """
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device={str(device)!r} cannot be used: {error}") from error
+    if chosen.type == "meta":
+        raise ArgumentError("the meta device computes nothing, so there is no time to measure")
+    return chosen
 
 
 def device_name(device: torch.device) -> str:

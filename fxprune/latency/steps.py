@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import median_filter
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -34,11 +35,15 @@ def detect_step(sweeps: Sequence[tuple[Sequence[int], Sequence[float]]]) -> int:
     Returns:
         One of ``STEPS``; 1 where nothing was measured, or time just grows with the width.
     """
-    usable = [(np.asarray(w), np.asarray(s)) for w, s in sweeps if len(w) > len(STEPS)]
+    usable = [
+        (np.asarray(w), median_filter(np.asarray(s), size=3, mode="nearest"))  # without outliers
+        for w, s in sweeps
+        if len(w) > len(STEPS)
+    ]
     if not usable:
         return 1
     best = 1
-    rest = {r: sum(_unexplained(w, s, r) for w, s in usable) / len(usable) for r in STEPS}
+    rest = {r: float(np.median([_unexplained(w, s, r) for w, s in usable])) for r in STEPS}
     for step in STEPS[1:]:
         if rest[step] < _BETTER * rest[best] - 1e-9:
             best = step

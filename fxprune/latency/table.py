@@ -217,6 +217,7 @@ class LatencyTable:
                 "node": o.node,
                 "uses": o.uses,
                 "stair": o.grid.stair,
+                "uneven": o.grid.uneven,
                 "levels": o.grid.levels,
                 "seconds": o.grid.seconds.tolist(),
             }
@@ -296,7 +297,8 @@ def _operator(data: Mapping[str, Any]) -> OperatorTimes:
     levels = tuple(tuple(float(x) for x in level) for level in data["levels"])
     seconds = np.array(data["seconds"], dtype=np.float64)
     _check_grid(levels, seconds)
-    grid = Grid(levels, seconds, float(data["stair"]))
+    stair, uneven = (tuple(float(x) for x in data[k]) for k in ("stair", "uneven"))
+    grid = Grid(levels, seconds, stair, uneven)
     return OperatorTimes(str(data["name"]), str(data["node"]), grid, int(data["uses"]))
 
 
