@@ -1,6 +1,7 @@
 """The methods that ``criteria.py`` compares, each from a trained network to a slim one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,6 +9,9 @@ from peers import PEERS, Peer, Samples, prune_with_peer
 from torch import nn
 
 import fxprune as fp
+from fxprune import importance
+
+GRADIENT_BATCH = 32  # images per gradient, where a criterion looks at several
 
 
 class Task(NamedTuple):
@@ -20,7 +24,7 @@ class Task(NamedTuple):
 
 
 class Slim(NamedTuple):
-    """A slim model; ``result`` is what ``fp.reconstruct`` takes, where it was not run already."""
+    """A slim model; ``result`` is what ``fp.reconstruct`` takes, where it shall be run."""
 
     model: nn.Module
     result: fp.PruneResult | None = None
@@ -34,13 +38,13 @@ class Contender(NamedTuple):
     prune: Callable[[Task], Slim]
 
 
-def _ours(task: Task, options: Callable[[Task], dict[str, Any]]) -> Slim:
+def _ours(task: Task, options: Callable[[Task], dict[str, Any]], refit: bool = False) -> Slim:
     """One call of ``fp.prune``."""
     result = fp.prune(task.model, task.samples.images[:1], flops=task.keep, **options(task))
-    return Slim(result.model, None if result.reconstruction else result)
+    return Slim(result.model, result if refit else None)
 
 
-def _same_share(task: Task, criterion: fp.importance.Criterion) -> Slim:
+def _same_share(task: Task, criterion: importance.Criterion) -> Slim:
     """Every group keeps the same share of its channels: the largest within the budget."""
     traced = fp.trace(task.model, task.samples.images[:1])
     deps = fp.analyze(traced)
@@ -53,29 +57,55 @@ def _same_share(task: Task, criterion: fp.importance.Criterion) -> Slim:
     result = fp.prune(
         task.model, task.samples.images[:1], ratios=low, importance=criterion, max_ratio=1.0
     )
-    return Slim(result.model, result)
+    return Slim(result.model)
 
 
 def _peer(task: Task, peer: Peer) -> Slim:
     return Slim(prune_with_peer(task.model, task.samples, task.keep, peer, task.seed))
 
 
-def _call(options: Callable[[Task], dict[str, Any]], reads: str = "nothing") -> Contender:
-    return Contender("fxprune", reads, partial(_ours, options=options))
+def _call(
+    options: Callable[[Task], dict[str, Any]], reads: str = "nothing", refit: bool = False
+) -> Contender:
+    return Contender("fxprune", reads, partial(_ours, options=options, refit=refit))
 
 
-def _by(criterion: fp.importance.Criterion) -> Contender:
-    return _call(lambda _: {"importance": criterion})
+def _by(criterion: importance.Criterion, refit: bool = False) -> Contender:
+    return _call(lambda _: {"importance": criterion}, refit=refit)
 
 
+def _from_images(criterion: Callable[[Any], importance.Criterion]) -> Contender:
+    return _call(lambda task: {"importance": criterion(task.samples.images)}, "images")
+
+
+def _from_classes(criterion: Callable[[Any], importance.Criterion]) -> Contender:
+    def options(task: Task) -> dict[str, Any]:
+        images, classes = (part.split(GRADIENT_BATCH) for part in task.samples)
+        return {"importance": criterion(list(zip(images, classes, strict=True)))}
+
+    return _call(options, "images, classes")
+
+
+# Readings of CPMC that are not the default: how V, F and P are put together.
+_SUM = fp.CPMC(dependency="sum", combination="additive", norm=1, macs=1.0, params=1.0)
+READINGS = {
+    "CPMC, sum, added": _SUM,
+    "CPMC, sum, ratio": replace(_SUM, combination="ratio"),
+    "CPMC, sum of squares, ratio": replace(_SUM, combination="ratio", norm=2, macs=0.5, params=0.1),
+    "CPMC, product, added": replace(_SUM, dependency="product", norm=2),
+}
 OURS = {
-    "fp.prune": _call(lambda _: {}),
+    "fp.prune": _call(lambda _: {}, refit=True),
     "fp.prune, calibration": _call(lambda task: {"calibration": task.samples.images}, "images"),
-    "CPMC, additive": _by(fp.CPMC(combination="additive")),
-    "CPMC, ratio": _by(fp.CPMC(combination="ratio")),
-    "L1": _by(fp.L1()),
-    "L2": _by(fp.L2()),
+    **{name: _by(criterion) for name, criterion in READINGS.items()},
+    "L1": _by(fp.L1(), refit=True),
     "L1, same share": Contender("fxprune", "nothing", partial(_same_share, criterion=fp.L1())),
+    "LAMP": _by(importance.LAMP()),
+    "BatchNormScale": _by(importance.BatchNormScale()),
+    "FPGM": _by(importance.Normalised(importance.FPGM(), "mean")),
+    "APoZ": _from_images(importance.APoZ),
+    "Taylor": _from_classes(importance.Taylor),
+    "OBD": _from_classes(importance.OBD),
     "Random": _call(lambda task: {"importance": fp.Random(task.seed)}),
 }
 _READS = {"": "nothing", "mean": "images, classes", "squares": "images, classes"}

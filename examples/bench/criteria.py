@@ -60,7 +60,7 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.data: Fashion = load(options.data)
+        self.data: Fashion = load(options.data, options.test)
         self.cache: Path = options.cache
         self.epochs: int | None = options.epochs
         self.samples: int = options.samples
@@ -232,6 +232,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="shares of the MACs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=512, help="calibration images")
+    parser.add_argument("--test", type=int, default=5000, help="test images (default: 5000)")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--data", metavar="DIR", help="folder with the four files of the data set")
     parser.add_argument("--cache", metavar="DIR", type=Path, default=CACHE, help="trained weights")

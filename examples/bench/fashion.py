@@ -55,8 +55,8 @@ def find_data(folder: str | None = None) -> Path:
     )
 
 
-def load(folder: str | None = None) -> Fashion:
-    """Read the data set."""
+def load(folder: str | None = None, test: int | None = None) -> Fashion:
+    """Read the data set, with the first ``test`` of the test images, or all of them."""
     found = find_data(folder)
     arrays = []
     for name in FILES:
@@ -67,7 +67,7 @@ def load(folder: str | None = None) -> Fashion:
             arrays.append((pixels.float() / 255 - MEAN) / STD)
         else:
             arrays.append(torch.from_numpy(data[8:].astype(np.int64)))
-    return Fashion(*arrays)
+    return Fashion(*arrays[:2], *(part[:test] for part in arrays[2:]))
 
 
 # --- the networks --------------------------------------------------------------------------------
