@@ -11,6 +11,7 @@ from torch import nn
 import fxprune as fp
 from fxprune import importance
 
+ALLOCATIONS = ("uniform", "isomorphic", "greedy", "optimal")  # besides the default
 GRADIENT_BATCH = 32  # images per gradient, where a criterion looks at several
 
 
@@ -44,22 +45,6 @@ def _ours(task: Task, options: Callable[[Task], dict[str, Any]], refit: bool = F
     return Slim(result.model, result if refit else None)
 
 
-def _same_share(task: Task, criterion: importance.Criterion) -> Slim:
-    """Every group keeps the same share of its channels: the largest within the budget."""
-    traced = fp.trace(task.model, task.samples.images[:1])
-    deps = fp.analyze(traced)
-    scores, limit = criterion(deps), task.keep * deps.macs.total()
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        macs = fp.plan(deps, scores, ratios=middle, max_ratio=1.0).reached["macs"]
-        low, high = (middle, high) if macs <= limit else (low, middle)
-    result = fp.prune(
-        task.model, task.samples.images[:1], ratios=low, importance=criterion, max_ratio=1.0
-    )
-    return Slim(result.model)
-
-
 def _peer(task: Task, peer: Peer) -> Slim:
     return Slim(prune_with_peer(task.model, task.samples, task.keep, peer, task.seed))
 
@@ -86,6 +71,10 @@ def _from_classes(criterion: Callable[[Any], importance.Criterion]) -> Contender
     return _call(options, "images, classes")
 
 
+def _allocated(_: Task, how: str) -> dict[str, Any]:
+    return {"allocation": how}
+
+
 # Readings of CPMC that are not the default: how V, F and P are put together.
 _SUM = fp.CPMC(dependency="sum", combination="additive", norm=1, macs=1.0, params=1.0)
 READINGS = {
@@ -98,8 +87,9 @@ OURS = {
     "fp.prune": _call(lambda _: {}, refit=True),
     "fp.prune, calibration": _call(lambda task: {"calibration": task.samples.images}, "images"),
     **{name: _by(criterion) for name, criterion in READINGS.items()},
+    **{f"CPMC, {how}": _call(partial(_allocated, how=how)) for how in ALLOCATIONS},
     "L1": _by(fp.L1(), refit=True),
-    "L1, same share": Contender("fxprune", "nothing", partial(_same_share, criterion=fp.L1())),
+    "L1, same share": _call(lambda _: {"importance": fp.L1(), "allocation": "uniform"}),
     "LAMP": _by(importance.LAMP()),
     "BatchNormScale": _by(importance.BatchNormScale()),
     "FPGM": _by(importance.Normalised(importance.FPGM(), "mean")),
