@@ -61,6 +61,7 @@ TRAINED := 'fp.prune*' 'CPMC, sum, added' Random 'TP LAMP' 'TP BNScale' 'TP Grou
 bench-criteria: $(READY)
 	$(CRITERIA) run
 	$(CRITERIA) run --seeds 0 --keep 0.7 0.3
+	$(CRITERIA) reconstruct
 	$(CRITERIA) epoch --methods $(TRAINED)
 	$(CRITERIA) latency --seeds 0 --keep 0.7 0.5 0.3
 	$(CRITERIA) report

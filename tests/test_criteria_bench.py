@@ -82,8 +82,8 @@ def test_half_a_line_of_an_interrupted_run_is_measured_again(bench, tmp_path):
 
 def test_the_page_holds_every_measurement_between_its_markers(bench, tmp_path):
     some = ["--seeds", "0", "--methods", *METHODS, "--keep", "0.6", "0.4"]
-    bench("run", *some)
-    bench("epoch", *some)
+    for action in ("run", "reconstruct", "epoch"):
+        bench(action, *some)
     rows = bench("latency", *some)
     page, report = tmp_path / "page.md", importlib.import_module("criteria_report")
     page.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
@@ -95,6 +95,8 @@ def test_the_page_holds_every_measurement_between_its_markers(bench, tmp_path):
     assert text.count("| TP GroupTaylor") == 2
     trained = [row["one_epoch"] for row in rows if row["measured"] == "epoch"]
     assert len(trained) == 2 * len(METHODS)
+    fitted = [row["method"] for row in rows if "reconstructed" in row]
+    assert fitted == ["fp.prune", "fp.prune"]
     assert "## 60% of the MACs" in text
     for name in ("macs", "latency"):
         assert (tmp_path / "images" / f"criteria-{name}.png").read_bytes()[1:4] == b"PNG"

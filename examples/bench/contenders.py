@@ -25,24 +25,24 @@ class Task(NamedTuple):
 
 
 class Slim(NamedTuple):
-    """A slim model; ``result`` is what ``fp.reconstruct`` takes, where it shall be run."""
+    """A slim model; ``result`` is what ``fp.reconstruct`` takes, where the method is ours."""
 
     model: nn.Module
     result: fp.PruneResult | None = None
 
 
 class Contender(NamedTuple):
-    """A method: whose it is, what it reads besides the weights, and how it prunes."""
+    """A method: what it reads besides the weights, how it prunes, whether to reconstruct it too."""
 
-    library: str
     reads: str
     prune: Callable[[Task], Slim]
+    refit: bool = False
 
 
-def _ours(task: Task, options: Callable[[Task], dict[str, Any]], refit: bool = False) -> Slim:
+def _ours(task: Task, options: Callable[[Task], dict[str, Any]]) -> Slim:
     """One call of ``fp.prune``."""
     result = fp.prune(task.model, task.samples.images[:1], flops=task.keep, **options(task))
-    return Slim(result.model, result if refit else None)
+    return Slim(result.model, result)
 
 
 def _peer(task: Task, peer: Peer) -> Slim:
@@ -52,7 +52,7 @@ def _peer(task: Task, peer: Peer) -> Slim:
 def _call(
     options: Callable[[Task], dict[str, Any]], reads: str = "nothing", refit: bool = False
 ) -> Contender:
-    return Contender("fxprune", reads, partial(_ours, options=options, refit=refit))
+    return Contender(reads, partial(_ours, options=options), refit)
 
 
 def _by(criterion: importance.Criterion, refit: bool = False) -> Contender:
@@ -100,7 +100,7 @@ OURS = {
 }
 _READS = {"": "nothing", "mean": "images, classes", "squares": "images, classes"}
 THEIRS = {
-    f"TP {name}": Contender("Torch-Pruning", _READS[peer.gradients], partial(_peer, peer=peer))
+    f"TP {name}": Contender(_READS[peer.gradients], partial(_peer, peer=peer))
     for name, peer in PEERS.items()
 }
 CONTENDERS = OURS | THEIRS

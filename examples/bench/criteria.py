@@ -2,6 +2,7 @@
 
     python examples/bench/criteria.py run                                # what is not measured yet
     python examples/bench/criteria.py run VGG --methods 'TP *' --keep 0.5 --seeds 0 1
+    python examples/bench/criteria.py reconstruct                        # fit the kept weights
     python examples/bench/criteria.py epoch --methods 'fp.prune*' Random # train one epoch more
     python examples/bench/criteria.py latency                            # on an idle machine
     python examples/bench/criteria.py report                             # table and curves
@@ -104,15 +105,15 @@ class Bench:
         return self.cache / "slim" / ("_".join(map(str, parts)) + ".pt")
 
 
-# --- the three measurements ----------------------------------------------------------------------
+# --- the measurements -----------------------------------------------------------------------------
 
 
 def measure_pruned(bench: Bench, case: Case) -> Row:
-    """Shares reached, and accuracy as it comes, recalibrated and reconstructed, in percent."""
+    """Shares reached, and accuracy as it comes and recalibrated, in percent."""
     original, samples = bench.original(case), bench.images(case)
     x = samples.images[:1]
     start = time.process_time()
-    slim, result = bench.prune(case)
+    slim = bench.prune(case).model
     row: Row = {
         "seconds": time.process_time() - start,
         "macs": count_macs(slim, x) / count_macs(original, x),
@@ -122,10 +123,15 @@ def measure_pruned(bench: Bench, case: Case) -> Row:
     if case.method != ORIGINAL:
         again = fp.recalibrate(copy.deepcopy(slim), samples.images)
         row["recalibrated"] = _accuracy(again, bench.data)
-    if result is not None:
-        fitted = fp.reconstruct(result, samples.images)
-        row["reconstructed"] = _accuracy(fitted.model, bench.data)
     return row
+
+
+def measure_reconstructed(bench: Bench, case: Case) -> Row:
+    """Accuracy after ``fp.reconstruct``."""
+    result = bench.prune(case).result
+    assert result is not None
+    fitted = fp.reconstruct(result, bench.images(case).images)
+    return {"reconstructed": _accuracy(fitted.model, bench.data)}
 
 
 def measure_epoch(bench: Bench, case: Case) -> Row:
@@ -164,6 +170,7 @@ def _count(model: nn.Module) -> int:
 
 MEASUREMENTS: dict[str, Callable[[Bench, Case], Row]] = {
     "run": measure_pruned,
+    "reconstruct": measure_reconstructed,
     "epoch": measure_epoch,
     "latency": measure_latency,
 }
@@ -215,6 +222,8 @@ def measure_all(options: argparse.Namespace) -> None:
     todo = [case for case in cases(options) if (measured, *case) not in known]
     if measured != "run":
         todo = [case for case in todo if case.method != ORIGINAL]
+    if measured == "reconstruct":
+        todo = [case for case in todo if CONTENDERS[case.method].refit]
     with tqdm(todo, unit="case") as progress:
         for case in progress:
             progress.set_postfix_str(f"{case.net}, seed {case.seed}, {case.method}, {case.keep:g}")

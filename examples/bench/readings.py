@@ -22,15 +22,15 @@ SUM = fp.CPMC(dependency="sum", combination="ratio", norm=1)
 SQUARES, PRODUCT = replace(SUM, norm=2), replace(SUM, dependency="product", norm=2)
 # Criterion, exponents or weights of MACs and parameters, max_ratio.
 READINGS = [
-    ("sum of |w|, added", replace(SUM, combination="additive"), 1.0, 1.0, 0.9),
-    ("sum of |w|", SUM, 0.0, 0.0, 0.9),
-    ("sum of |w|", SUM, 0.25, 0.25, 0.9),
-    ("sum of |w|", SUM, 1.0, 1.0, 0.9),
-    ("sum of |w|, shares of the group", replace(SUM, within="l1"), 0.0, 0.0, 0.9),
+    ("sum of sizes, added", replace(SUM, combination="additive"), 1.0, 1.0, 0.9),
+    ("sum of sizes", SUM, 0.0, 0.0, 0.9),
+    ("sum of sizes", SUM, 0.25, 0.25, 0.9),
+    ("sum of sizes", SUM, 1.0, 1.0, 0.9),
+    ("sum of sizes, shares of the group", replace(SUM, within="l1"), 0.0, 0.0, 0.9),
     ("sum of squares", SQUARES, 0.0, 0.0, 0.9),
     ("sum of squares", SQUARES, 0.4, 0.1, 0.9),
     ("sum of squares", SQUARES, 1.0, 1.0, 0.9),
-    ("product of |w|", replace(PRODUCT, norm=1), 0.4, 0.1, 0.9),
+    ("product of sizes", replace(PRODUCT, norm=1), 0.4, 0.1, 0.9),
     ("product of squares, added", replace(PRODUCT, combination="additive"), 1.0, 1.0, 0.9),
     ("product of squares", PRODUCT, 0.0, 0.0, 0.9),
     ("product of squares", PRODUCT, 0.25, 0.0, 0.9),
