@@ -111,7 +111,8 @@ def _points(values: Seeds) -> str:
 
 def verdict(results: Results, keep: float) -> str:
     """Our two defaults beside the best of the peer's criteria, per network and state."""
-    headers = ["network", "state", "best of Torch-Pruning", *DEFAULTS, "at least as accurate"]
+    best = [f"Torch-Pruning, reads {reads}" for reads in ("nothing", "images and classes")]
+    headers = ["network", "state", *best, *DEFAULTS, "at least as accurate as both"]
     lines = []
     for net in NETS:
         for field, name in STATES.items():
@@ -122,23 +123,24 @@ def verdict(results: Results, keep: float) -> str:
 
 def _duel(results: Results, net: str, keep: float, field: str) -> list[str] | None:
     """The best of theirs, both of ours, and which of ours are not worse, on seeds that all have."""
-    ours = [m for m in DEFAULTS if results.seeds(field, net, keep, m)]
-    theirs = [m for m in THEIRS if results.seeds(field, net, keep, m)]
-    if not ours or not theirs:
+    measured = {m: s for m in (*DEFAULTS, *THEIRS) if (s := results.seeds(field, net, keep, m))}
+    if not measured.keys() & set(DEFAULTS) or not measured.keys() & set(THEIRS):
         return None
-    shared = set.intersection(*(set(results.seeds(field, net, keep, m)) for m in ours + theirs))
-    means = {
-        m: statistics.fmean(results.seeds(field, net, keep, m)[s] for s in shared)
-        for m in ours + theirs
-        if shared
-    }
-    if not means:
+    shared = set.intersection(*map(set, measured.values()))
+    if not shared:
         return None
-    best = max(theirs, key=means.__getitem__)
-    wins = [m in means and means[m] >= means[best] for m in DEFAULTS]
+    means = {m: statistics.fmean(seeds[s] for s in shared) for m, seeds in measured.items()}
+    blind = [m for m in THEIRS if m in means and CONTENDERS[m].reads == "nothing"]
+    seeing = [m for m in THEIRS if m in means and m not in blind]
+    best = [max(some, key=means.__getitem__, default="") for some in (blind, seeing)]
+    most = max(means[m] for m in best if m)
+    wins = tuple(means.get(m, -1.0) >= most for m in DEFAULTS)
     said = {(True, True): "both", (True, False): "fp.prune", (False, True): "with calibration"}
-    cells = [f"{means[m]:.1f}" if m in means else "" for m in DEFAULTS]
-    return [f"{best.removeprefix('TP ')} {means[best]:.1f}", *cells, said.get(tuple(wins), "no")]
+    return [
+        *(f"{means[m]:.1f} {m.removeprefix('TP ')}" if m else "" for m in best),
+        *(f"{means[m]:.1f}" if m in means else "" for m in DEFAULTS),
+        said.get(wins, "no"),
+    ]
 
 
 # --- curves --------------------------------------------------------------------------------------
