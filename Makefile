@@ -8,13 +8,14 @@ READY := $(VENV)/ready
 SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/pytest -n 2
 
-.PHONY: help setup demo test check sweep bench coverage format clean
+.PHONY: help setup demo test check sweep bench bench-criteria coverage format clean
 
 help:
 	@echo 'make demo    train a small network on digits, prune it to half its MACs, verify, fine-tune'
 	@echo 'make test    formatter, linter, types, import layers, tests'
 	@echo 'make sweep   the tests that are too slow for make test'
 	@echo 'make bench   timings beside Torch-Pruning'
+	@echo 'make bench-criteria  accuracy beside Torch-Pruning on Fashion-MNIST, write docs/explanation/benchmarks.md'
 	@echo 'make coverage  prune and verify every model of the zoos, write docs/reference/coverage.md'
 	@echo 'make format  format the code and apply the safe fixes of the linter'
 	@echo 'make clean   remove .venv and every cache'
@@ -52,6 +53,18 @@ sweep: $(READY)
 bench: $(READY)
 	$(BIN)/python examples/bench/analysis_speed.py
 	$(BIN)/python examples/bench/depth_scaling.py
+
+# Hours from nothing; networks, slim models and rows that are there already are not made again.
+CRITERIA := $(BIN)/python examples/bench/criteria.py
+TRAINED := 'fp.prune*' 'CPMC, sum, added' Random 'TP LAMP' 'TP BNScale' 'TP GroupTaylor, iso*' 'TP GroupHessian'
+
+bench-criteria: $(READY)
+	$(CRITERIA) run
+	$(CRITERIA) run --seeds 0 --keep 0.7 0.3
+	$(CRITERIA) reconstruct
+	$(CRITERIA) epoch --methods $(TRAINED)
+	$(CRITERIA) latency --seeds 0 --keep 0.7 0.5 0.3
+	$(CRITERIA) report
 
 # The zoos stay out of .venv: a folder of their own, which only the sweep sees.
 ZOOS := build/coverage-zoos

@@ -35,9 +35,15 @@ def columns(weight: Tensor) -> Tensor:
     return rows(weight.transpose(0, 1))
 
 
+def summed(**options) -> fp.CPMC:
+    """The reading that adds absolute weights, and the three criteria."""
+    reading = {"combination": "additive", "dependency": "sum", "norm": 1, "macs": 1.0}
+    return fp.CPMC(**(reading | {"params": 1.0} | options))
+
+
 def value(deps: fp.DependencyGraph, **options) -> Tensor:
     """V per channel, before normalisation."""
-    return torch.from_numpy(fp.CPMC(**options).weight_value(deps))
+    return torch.from_numpy(summed(**options).weight_value(deps))
 
 
 def pair(producer: list[float], consumer: list[float]) -> nn.Module:
@@ -66,30 +72,33 @@ def kept_of_first(model: nn.Module, criterion, ratio: float = 0.5) -> list[int]:
 def test_c1_dependency_counts_the_weights_that_read_a_channel() -> None:
     model = pair([1.0, 3.0], [10.0, -1.0])
     assert value(analysed(model, SMALL)).tolist() == [11.0, 4.0]
-    assert kept_of_first(model, fp.CPMC()) == [0]
+    assert kept_of_first(model, summed()) == [0]
     assert kept_of_first(model, fp.L1()) == [1]
     assert kept_of_first(model, fp.L2()) == [1]
 
 
-OPTIONS = [
-    {},
-    {"macs": 0.0, "params": 3.0},
-    {"value": 0.1, "macs": 5.0},
-    {"combination": "ratio"},
-    {"combination": "ratio", "macs": 0.3, "params": 2.0},
-    {"normalise": "mean"},
-    {"normalise": "minmax"},
-    {"within": "l2"},
-    {"norm": 2, "root": True, "combination": "ratio"},
+CRITERIA = [
+    fp.CPMC(),
+    fp.CPMC(combination="additive", normalise="mean"),
+    fp.CPMC(norm=1, macs=0.0, params=3.0),
+    summed(),
+    summed(value=0.1, macs=5.0),
+    summed(combination="ratio"),
+    summed(combination="ratio", macs=0.3, params=2.0),
+    summed(normalise="mean"),
+    summed(normalise="minmax"),
+    summed(within="l2"),
+    summed(norm=2, root=True, combination="ratio"),
+    fp.CPMC(root=True),
 ]
+each_reading = pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@each_reading
 @pytest.mark.parametrize("name", ["residual", "inception", "dense_block", "depthwise_separable"])
-def test_c2_inside_a_group_the_order_is_that_of_the_value(name: str, options: dict) -> None:
+def test_c2_inside_a_group_the_order_is_that_of_the_value(name: str, criterion: fp.CPMC) -> None:
     deps = zoo(name)
-    weights = {name: x for name, x in options.items() if name in ("norm", "root")}
-    scores, values = fp.CPMC(**options)(deps), value(deps, **weights)
+    scores, values = criterion(deps), torch.from_numpy(criterion.weight_value(deps))
     for group in deps.groups:
         inside = torch.from_numpy(group.channels)
         assert scores[inside].argsort().tolist() == values[inside].argsort().tolist(), group.name
@@ -125,23 +134,23 @@ def test_c3_at_equal_value_what_costs_more_is_less_important(combination: str) -
     torch.testing.assert_close(values[wide], values[deep])
     assert values[wide].item() == pytest.approx(1.4)
 
-    by_macs = fp.CPMC(combination=combination, params=0.0)(deps)
+    by_macs = summed(combination=combination, params=0.0)(deps)
     assert by_macs[wide] < by_macs[deep]
-    by_params = fp.CPMC(combination=combination, macs=0.0)(deps)
+    by_params = summed(combination=combination, macs=0.0)(deps)
     assert by_params[deep] < by_params[wide]
-    by_value = fp.CPMC(combination=combination, macs=0.0, params=0.0)(deps)
+    by_value = summed(combination=combination, macs=0.0, params=0.0)(deps)
     assert by_value[deep].item() == pytest.approx(by_value[wide].item())
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@each_reading
 @pytest.mark.parametrize("scale", [0.125, 64.0])
-def test_c4_scaling_all_weights_changes_no_ranking(scale: float, options: dict) -> None:
-    before = fp.CPMC(**options)(zoo("inception"))
+def test_c4_scaling_all_weights_changes_no_ranking(scale: float, criterion: fp.CPMC) -> None:
+    before = criterion(zoo("inception"))
     model = build("inception")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-    after = fp.CPMC(**options)(analysed(model, ZOO["inception"].inputs()))
+    after = criterion(analysed(model, ZOO["inception"].inputs()))
     assert after.argsort(stable=True).tolist() == before.argsort(stable=True).tolist()
 
 
@@ -189,13 +198,13 @@ def test_c7_a_dense_channel_counts_every_later_reader_at_its_offset() -> None:
 
 def test_c8_without_cost_terms_only_the_value_ranks() -> None:
     deps = zoo("inception")
-    scores, values = fp.CPMC(macs=0.0, params=0.0)(deps), value(deps)
+    scores, values = summed(macs=0.0, params=0.0)(deps), value(deps)
     torch.testing.assert_close(scores, values / values.max())
 
 
 def test_c8_without_the_value_groups_are_ordered_by_cost_and_ties_are_stable() -> None:
     deps = zoo("inception")
-    scores = fp.CPMC(value=0.0)(deps)
+    scores = summed(value=0.0)(deps)
     cost = deps.macs.marginal() / deps.macs.marginal().max()
     cost += deps.params.marginal() / deps.params.marginal().max()
     by_group = {g.name: scores[torch.from_numpy(g.channels)] for g in deps.groups}
@@ -229,13 +238,50 @@ def test_c9_a_global_ranking_empties_no_layer() -> None:
     assert min(len(g.kept) for g in plan.groups) == 1
 
 
-def test_c10_a_known_weakness_rescaling_between_layers_changes_the_value() -> None:
-    """ReLU makes (t * w1, w2 / t) the same function, but V is a sum of magnitudes."""
+def test_c10_rescaling_between_layers_changes_the_sum_but_not_the_product() -> None:
+    """ReLU makes (t * w1, w2 / t) the same function, but a sum of magnitudes sees a change."""
     model, scaled = pair([1.0, 3.0], [10.0, 1.0]), pair([8.0, 3.0], [1.25, 1.0])
     x = torch.randn(2, 1, 4, 4)
     torch.testing.assert_close(model(x), scaled(x))
-    assert value(analysed(model, SMALL)).tolist() == [11.0, 4.0]
-    assert value(analysed(scaled, SMALL)).tolist() == [9.25, 4.0]
+    before, after = analysed(model, SMALL), analysed(scaled, SMALL)
+    assert value(before).tolist() == [11.0, 4.0]
+    assert value(after).tolist() == [9.25, 4.0]
+    for deps in (before, after):
+        assert fp.CPMC(norm=1).weight_value(deps).tolist() == [10.0, 3.0]
+        assert fp.CPMC().weight_value(deps).tolist() == [100.0, 9.0]
+        assert fp.CPMC(norm=1, mean=True).weight_value(deps).tolist() == [10.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["residual", "plain_chain", "depthwise_separable"])
+def test_where_batch_norm_follows_the_scale_of_a_filter_does_not_count(name: str) -> None:
+    """Batch norm undoes the scale of what it normalises."""
+    model, inputs = build(name), ZOO[name].inputs()
+    before = fp.CPMC()(analysed(model, inputs))
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        factor = torch.linspace(0.5, 2, convs[0].out_channels)
+        convs[0].weight.mul_(factor.view(-1, 1, 1, 1))
+    torch.testing.assert_close(fp.CPMC()(analysed(model, inputs)), before)
+    assert not torch.equal(
+        summed()(analysed(model, inputs)), summed()(analysed(build(name), inputs))
+    )
+
+
+def test_the_product_takes_the_mean_over_the_batch_norms_of_a_channel() -> None:
+    model = build("residual")
+    deps = analysed(model, ZOO["residual"].inputs())
+    stream = positions(deps, "stem.0.weight")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    width = len(stream)
+    on_stream = {a.layer for a in deps.axes if set(a.channels.tolist()) == set(stream.tolist())}
+    scales = [m.weight for n, m in model.named_modules() if m in norms and n in on_stream]
+    assert scales
+    assert all(len(s) == width for s in scales)
+    made = torch.stack([s.detach().double().square() for s in scales]).mean(0)
+    readers = [model.a1[0].weight, model.b1[0].weight, model.head.fc.weight]
+    read = sum(w.detach().square().transpose(0, 1).flatten(1).sum(1).double() for w in readers)
+    by_hand = torch.from_numpy(fp.CPMC().weight_value(deps))[stream]
+    torch.testing.assert_close(by_hand, made * read)
 
 
 @pytest.mark.parametrize("normalise", ["max", "mean", "minmax"])
@@ -253,11 +299,11 @@ def test_scores_are_the_published_criteria_combined(normalise: str) -> None:
         parts = [torch.full((13,), one[0]), torch.full((17,), one[1])]
         spread.append(torch.cat(parts).double())
     v_hat, f_hat, p_hat = (normalised(x, normalise) for x in spread)
-    scores = fp.CPMC(value=0.7, macs=1.3, params=0.4, normalise=normalise)(deps)[where]
+    scores = summed(value=0.7, macs=1.3, params=0.4, normalise=normalise)(deps)[where]
     by_hand = 0.7 * v_hat + 1.3 * (1 - f_hat) + 0.4 * (1 - p_hat)
     torch.testing.assert_close(scores, by_hand)
     if normalise != "minmax":  # where the cheapest channel would divide by zero
-        scores = fp.CPMC(macs=1.3, params=0.4, combination="ratio", normalise=normalise)(deps)
+        scores = summed(macs=1.3, params=0.4, combination="ratio", normalise=normalise)(deps)
         torch.testing.assert_close(scores[where], v_hat / (f_hat**1.3 * p_hat**0.4))
 
 
@@ -337,6 +383,7 @@ def test_the_mean_option_averages_every_slice() -> None:
     "options",
     [
         {"combination": "product"},
+        {"dependency": "mean"},
         {"norm": 3},
         {"norm": 1, "root": True},
         {"normalise": "median"},

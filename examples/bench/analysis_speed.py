@@ -26,15 +26,14 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from peers import count_macs, import_peer
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fxprune as fp
 from fxprune.vision import import_torchvision
 
-PEER = "torch-pruning==1.6.1"
 Clock = Callable[[], float]
 STAGES = ("trace", "analyze", "score", "plan", "rewrite")
 
@@ -68,29 +67,11 @@ class Measurement(NamedTuple):
     peer_kept: float
 
 
-def import_peer() -> ModuleType:
-    """Torch-Pruning, or a clear way out."""
-    try:
-        import torch_pruning
-    except ModuleNotFoundError:
-        raise SystemExit(
-            f"Torch-Pruning is not installed; run: pip install --no-deps {PEER}"
-        ) from None
-    return torch_pruning
-
-
 def build_model(name: str) -> nn.Module:
     """The torchvision model in eval mode with its usual random weights, seed 0."""
     torch.manual_seed(0)
     extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     return getattr(import_torchvision().models, name)(weights=None, **extra).eval()
-
-
-def count_macs(model: nn.Module, x: Tensor) -> int:
-    """MACs of one forward pass, counted by PyTorch itself."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    return counter.get_total_flops() // 2
 
 
 # --- the two jobs --------------------------------------------------------------------------------

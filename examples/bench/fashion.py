@@ -55,8 +55,8 @@ def find_data(folder: str | None = None) -> Path:
     )
 
 
-def load(folder: str | None = None) -> Fashion:
-    """Read the data set."""
+def load(folder: str | None = None, test: int | None = None) -> Fashion:
+    """Read the data set, with the first ``test`` of the test images, or all of them."""
     found = find_data(folder)
     arrays = []
     for name in FILES:
@@ -67,7 +67,7 @@ def load(folder: str | None = None) -> Fashion:
             arrays.append((pixels.float() / 255 - MEAN) / STD)
         else:
             arrays.append(torch.from_numpy(data[8:].astype(np.int64)))
-    return Fashion(*arrays)
+    return Fashion(*arrays[:2], *(part[:test] for part in arrays[2:]))
 
 
 # --- the networks --------------------------------------------------------------------------------
@@ -195,17 +195,17 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield order[start : start + size]
 
 
-def train(model: nn.Module, data: Fashion, epochs: int, seed: int = 0) -> None:
+def train(model: nn.Module, data: Fashion, epochs: int, seed: int = 0, lr: float = 0.1) -> None:
     """SGD with one cycle of the learning rate and mirrored images, in bfloat16 autocast."""
     generator = torch.Generator().manual_seed(seed)
     size, n = 128, len(data.train_images)
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     steps = epochs * (n // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-    with tqdm(total=steps, unit="step", mininterval=5) as bar:
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    with tqdm(total=steps, unit="step", mininterval=5, leave=False) as bar:
         for _ in range(epochs):
             for chosen in batches(n, size, generator):
                 images = data.train_images[chosen]
@@ -234,10 +234,16 @@ def accuracy(model: nn.Module, data: Fashion, batch: int = 500) -> float:
     return 100 * right / len(data.test_images)
 
 
+def calibration_samples(data: Fashion, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """``n`` training images, ``[n, 1, 28, 28]``, and their classes, ``[n]``."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data.train_images), generator=generator)[:n]
+    return data.train_images[chosen], data.train_classes[chosen]
+
+
 def calibration_images(data: Fashion, n: int, seed: int = 0) -> Tensor:
     """``n`` training images, ``[n, 1, 28, 28]``, without their classes."""
-    generator = torch.Generator().manual_seed(seed)
-    return data.train_images[torch.randperm(len(data.train_images), generator=generator)[:n]]
+    return calibration_samples(data, n, seed)[0]
 
 
 def trained(

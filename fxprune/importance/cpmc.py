@@ -9,12 +9,14 @@ import torch
 
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError
-from fxprune.importance.criterion import FloatArray, check_choice
+from fxprune.importance.batch_norms import batch_norms
+from fxprune.importance.criterion import PRODUCERS, FloatArray, Roles, check_choice
 from fxprune.importance.normalise import divided, normalised
-from fxprune.importance.slots import over_weights
+from fxprune.importance.slots import Pool, check_finite, over_weights, weight_data
 from fxprune.ops.ledger import Role
 
 _COMBINATIONS = ("additive", "ratio")
+_DEPENDENCIES = ("sum", "product")
 _NORMALISATIONS = ("max", "mean", "minmax")
 _WITHIN: dict[str, Callable[[FloatArray], float]] = {
     "none": lambda x: 1.0,
@@ -28,12 +30,16 @@ _WITHIN: dict[str, Callable[[FloatArray], float]] = {
 class CPMC:
     """Channel pruning via multi-criteria based on weight dependency.
 
-    Three numbers per channel c, each divided by its maximum over the whole network:
-    V(c), the sum of ``|w|`` over the weights that produce c *and the weights of the next layers
-    that read it*; F(c), the MACs and P(c), the parameters that vanish with c (exact differences).
+    Three numbers per channel c, each divided by its maximum over the whole network: V(c), the
+    value of the weights that make c *and of those of the next layers that read it*; F(c), the MACs
+    and P(c), the parameters that vanish with c (exact differences).
 
         additive: I = value * V + macs * (1 - F) + params * (1 - P)
         ratio:    I = V / (F ** macs * P ** params)
+
+    V is a sum over all these weights, or a product: the sum over the readers, times the mean over
+    the scales of the batch norms of c, or where there is none the sum over the producers. The
+    product stays what it is when a layer is scaled and its readers make up for it.
 
     A channel that frees more is less important at equal weight. F and P are equal inside a group,
     so there the order is the order of V alone; the cost terms move budget between groups.
@@ -45,6 +51,7 @@ class CPMC:
 
     Attributes:
         combination: ``additive`` or ``ratio``.
+        dependency: ``sum`` or ``product``, see above.
         value: weight of V (additive only).
         macs: weight (additive) or exponent (ratio) of F.
         params: weight (additive) or exponent (ratio) of P.
@@ -53,14 +60,15 @@ class CPMC:
         mean: average the weights of each slice instead of summing them.
         within: divide V by its norm over the group first: ``none``, ``l1``, ``l2`` or ``max``.
         normalise: ``max``, ``mean`` or ``minmax``, over the whole network.
-        affine: count biases and normalisation scales in V too.
+        affine: count biases and normalisation scales in V too (``sum`` only).
     """
 
-    combination: str = "additive"
+    combination: str = "ratio"
+    dependency: str = "product"
     value: float = 1.0
-    macs: float = 1.0
-    params: float = 1.0
-    norm: int = 1
+    macs: float = 0.4
+    params: float = 0.1
+    norm: int = 2
     root: bool = False
     mean: bool = False
     within: str = "none"
@@ -71,6 +79,7 @@ class CPMC:
         """Refuse option values that mean nothing."""
         for name, chosen, known in (
             ("combination", self.combination, _COMBINATIONS),
+            ("dependency", self.dependency, _DEPENDENCIES),
             ("within", self.within, _WITHIN),
             ("normalise", self.normalise, _NORMALISATIONS),
             ("norm", self.norm, (1, 2)),
@@ -103,12 +112,24 @@ class CPMC:
 
     def weight_value(self, deps: DependencyGraph) -> FloatArray:
         """V before normalisation, [n_channels]."""
-        roles = [Role.PRODUCER, Role.DEPTHWISE, Role.CONSUMER]
-        return over_weights(
-            deps,
-            [*roles, Role.AFFINE] if self.affine else roles,
-            lambda name, w: w.abs() if self.norm == 1 else w.square(),
-            each=np.sqrt if self.root else None,
-            mean=self.mean,
-            missing=0.0,
-        )
+        if self.dependency == "product":
+            return self._made(deps) * self._over(deps, [Role.CONSUMER], missing=1.0)
+        roles = [*PRODUCERS, Role.CONSUMER]
+        return self._over(deps, [*roles, Role.AFFINE] if self.affine else roles, missing=0.0)
+
+    def _made(self, deps: DependencyGraph) -> FloatArray:
+        """How strong a channel is: a batch norm undoes what the producers say, and scales."""
+        pool = Pool(deps.n_channels, "mean")
+        for axis in dict.fromkeys(norm.scale for norm in batch_norms(deps)):
+            values = self._size(axis.name, weight_data(deps, axis.name)).double().cpu().numpy()
+            check_finite(deps, axis.name, values)
+            pool.add(axis.channels, values, np.sqrt if self.root else None)
+        scales = pool.result(missing=np.nan)
+        return np.where(np.isnan(scales), self._over(deps, PRODUCERS, missing=1.0), scales)
+
+    def _over(self, deps: DependencyGraph, roles: Roles, missing: float) -> FloatArray:
+        each = np.sqrt if self.root else None
+        return over_weights(deps, roles, self._size, each=each, mean=self.mean, missing=missing)
+
+    def _size(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight.abs() if self.norm == 1 else weight.square()
