@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 
 import numpy as np
@@ -199,6 +200,20 @@ def test_damaged_timings_are_measured_again(tmp_path, damage):
     again = LatencyTable.measure(deps.traced, timer=device, cache=tmp_path, progress=False)
     assert device.calls > 0
     assert again.to_json() == expected.to_json()
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
+    traced, _ = lone()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fp.ArtifactError, match="cannot be made"):
+        LatencyTable.measure(traced, timer=macs, cache=tmp_path / "file", progress=False)
+
+    def losing(call):
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        return macs(call)
+
+    with pytest.raises(fp.ArtifactError, match="timings cannot be written"):
+        LatencyTable.measure(traced, timer=losing, cache=tmp_path / "folder", progress=False)
 
 
 def test_timings_of_another_setting_are_not_used(tmp_path):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fxprune.capture.traced import TracedModel
 from fxprune.coupling import analyze
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, ArtifactError
 from fxprune.latency.cache import TimingCache
 from fxprune.latency.calls import Call, call_at, is_free, widths_at
 from fxprune.latency.clock import interleaved, median_seconds, ready
@@ -138,6 +138,8 @@ class _Bench:
             points = [[*narrow[:axis], w, *narrow[axis + 1 :]] for w in widths]
             try:
                 found.append((widths, [self.seconds(key, operation, p) for p in points]))
+            except ArtifactError:
+                raise
             except Exception:  # the grid will say why
                 return found
         return found
@@ -148,6 +150,8 @@ class _Bench:
         whole: list[float] = [self.sizes[w] for w in operation.axes] or [1.0]
         try:
             full = self.seconds(key, operation, whole)
+        except ArtifactError:  # of the cache
+            raise
         except Exception as error:  # any operator of any library
             self._note(operation, "cannot be run by itself, so it counts as nothing", error)
             return Grid((), np.array(0.0))
@@ -161,6 +165,8 @@ class _Bench:
             if operation.axes:
                 return self._with_steps(key, operation, grid, step)
             return self._volumes(operation, grid)
+        except ArtifactError:
+            raise
         except Exception as error:
             self._note(operation, "cannot be run at other widths, so its time is constant", error)
             return Grid((), np.array(full))
