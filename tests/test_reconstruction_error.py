@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune as fp
+from fxprune.recovery.criterion import shrinkage
 from fxprune.recovery.elimination import Reader, elimination_order
 from tests.zoo.randomize import randomize
 
@@ -174,3 +175,42 @@ def test_a_budget_of_parameters_is_weighed_by_parameters(net: tuple[Net, Tensor]
 def test_options_that_mean_nothing_are_refused(options: dict) -> None:
     with pytest.raises(fp.ArgumentError, match=next(iter(options))):
         fp.ReconstructionError(torch.zeros(1), **options)
+
+
+def test_shrinkage_is_close_to_the_best_that_the_truth_would_tell() -> None:
+    """Of samples fewer than unknowns, beside a search with the covariance that made them."""
+    rng = np.random.default_rng(0)
+    d, n = 60, 40
+    root = rng.normal(size=(d, d)) * rng.uniform(0.1, 2, d)
+    truth = root @ root.T
+    x = rng.multivariate_normal(np.zeros(d), truth, size=n)
+    x = x - x.mean(0)
+    variance = x.T @ x / n
+
+    def distance(share: float) -> float:
+        shrunk = (1 - share) * variance + share * np.trace(variance) / d * np.eye(d)
+        return float(((shrunk - truth) ** 2).sum())
+
+    share = float(shrinkage(torch.from_numpy(variance)[None], n)[0])
+    best = min(distance(s) for s in np.linspace(0, 1, 1001))
+    assert distance(share) <= best + 0.1 * (distance(0) - best)
+    many = float(shrinkage(torch.from_numpy(variance)[None], 10**7)[0])
+    assert 0 < many < 1e-5
+
+
+def test_a_layer_that_reads_more_numbers_than_there_are_samples_is_not_thought_free() -> None:
+    """With 40 samples of 8 x 16 numbers, each follows from the others, and nothing seems lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    )
+    randomize(model.to(D), 0).eval()
+    x = torch.randn(40, 2, 4, 4, dtype=D)
+    samples = x, torch.randn(2000, 2, 4, 4, dtype=D)
+    few, many = (fp.prune(model, x[:1], flops=0.4, calibration=s).plan for s in samples)
+    assert len(few.groups[1].kept) >= len(many.groups[1].kept) > 2

@@ -24,7 +24,7 @@ from fxprune.recovery.evidence import Seen, observe
 from fxprune.recovery.reconstruct import reconstruct_model
 from fxprune.rewrite import rewrite
 
-_RIDGE = 1e-4  # share of the mean variance; what is weaker is not relied on to make up for others
+_LEAST_SHRINKAGE = 1e-4  # what is weaker is not relied on to make up for others
 _COSTS = ("macs", "params")
 REFITS = (0.7, 0.5, 0.4)
 
@@ -143,15 +143,36 @@ def _as_readers(deps: DependencyGraph, seen: Seen) -> Iterator[Reader]:
     assert seen.moments is not None
     moments = seen.moments.centre()
     variance = moments.xx / max(moments.n, 1)
-    ridge = _RIDGE * variance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye = torch.eye(variance.shape[1], dtype=torch.float64)
-    inverse = torch.linalg.inv(variance + ridge[:, None, None] * eye)
+    mean = variance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    share = shrinkage(variance, moments.n).clamp_min(_LEAST_SHRINKAGE)
+    variance *= (1 - share)[:, None, None]
+    variance.diagonal(dim1=1, dim2=2).add_((share * mean).unsqueeze(1))
+    inverse = torch.linalg.inv(variance)
     prices = seen.squares.reshape(layer.groups, -1)
     made = _made(deps, seen).reshape(layer.groups, -1)
     for b in range(layer.groups):
         parts = tuple(_parts(deps, seen, b))
         weights = layer.weights()[b].cpu().clone()
         yield Reader(inverse[b].clone(), weights, prices[b].clone(), made[b], parts)
+
+
+def shrinkage(variance: torch.Tensor, samples: int) -> torch.Tensor:
+    """Share of the mean variance that makes up for few samples, ``[g]`` between 0 and 1.
+
+    Where a layer reads more numbers than there are samples, each of them seems to follow from the
+    others, and nothing seems lost with it.
+    Source: oracle approximating shrinkage, Chen, Wiesel, Eldar and Hero, Shrinkage Algorithms for
+        MMSE Covariance Estimation, IEEE Transactions on Signal Processing 58 (2010), eq. 23.
+
+    Args:
+        variance: ``[g, d, d]``, of the samples.
+        samples: how many there are.
+    """
+    d = variance.shape[1]
+    squares, trace = variance.square().sum((1, 2)), variance.diagonal(dim1=1, dim2=2).sum(1)
+    above = (1 - 2 / d) * squares + trace.square()
+    below = (samples + 1 - 2 / d) * (squares - trace.square() / d)
+    return torch.where(below > above, above / below.clamp_min(1e-300), 1.0)
 
 
 def _made(deps: DependencyGraph, seen: Seen) -> IntArray:

@@ -29,9 +29,9 @@ class LASSO:
 
     Shapes: [n_channels], float64, larger = keep; compared within a group only.
     Source: He, Zhang and Sun, ICCV 2017, arXiv:1707.06168, eq. 2 with one LASSO per group.
-    Differs: all positions of the calibration samples count instead of ten per image; Z and Y are
-        those of the original, not of the model that is pruned so far; exactly as many channels are
-        kept as asked for, not up to a tenth more; several readers are fitted jointly.
+    Differs: positions are sampled until a layer has 32 rows per unknown, instead of ten per image;
+        Z and Y are those of the original, not of the model that is pruned so far; exactly as many
+        channels are kept as asked for, not up to a tenth more; several readers are fitted jointly.
 
     Attributes:
         batches: calibration inputs without labels, as ``fp.reconstruct`` takes them.
