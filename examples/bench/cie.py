@@ -9,7 +9,6 @@ One sensitivity scan per network serves all budgets. ``seconds`` is what choosin
 
 import argparse
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ def methods(scan: fp.Sensitivity) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def rows(name: str, data: Fashion, options: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
-    """One row per budget and method."""
+def compare(name: str, data: Fashion, options: argparse.Namespace) -> None:
+    """Print a table per budget, with a row per method."""
     model = trained(name, data, options.cache, options.seed, options.epochs)
     original = accuracy(model, data)
     images, classes = scan_images(data, options.images, options.seed)
@@ -58,6 +57,7 @@ def rows(name: str, data: Fashion, options: argparse.Namespace) -> Iterator[tupl
     seconds = time.perf_counter() - start
     print(f"{name}: {scan.evaluations} evaluations in {seconds:.1f} s, {scan.passes:.1f} passes")
     for keep in options.keep:
+        rows = []
         for method, (criterion, allocation) in methods(scan).items():
             start = time.perf_counter()
             plan = fp.plan(deps, criterion(deps), flops=keep, allocation=allocation)
@@ -65,9 +65,10 @@ def rows(name: str, data: Fashion, options: argparse.Namespace) -> Iterator[tupl
             slim = fp.rewrite(deps.traced, plan)
             before = accuracy(slim, data)
             share = plan.reached["macs"] / plan.reached["macs_before"]
-            yield name, f"{share:.4f}", method, original, before, spent
+            rows.append((name, f"{share:.4f}", method, original, before, spent))
             if options.plot and method == "CIE":
                 scan.plot(options.plot, plan)
+        print(tabulate(rows, COLUMNS, floatfmt=".2f", disable_numparse=[1]), "\n", flush=True)
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def main() -> None:
     n = options.test_images
     data = data._replace(test_images=data.test_images[:n], test_classes=data.test_classes[:n])
     for name in options.nets or NETS:
-        print(tabulate(rows(name, data, options), COLUMNS, floatfmt=".2f"), "\n", flush=True)
+        compare(name, data, options)
 
 
 if __name__ == "__main__":
