@@ -296,7 +296,7 @@ def test_an_evaluation_that_fails_is_named_and_results_stay(bad, error, says, tm
         return evaluation(model)
 
     file = tmp_path / "scan.jsonl"
-    with pytest.raises(error, match=f"{says}.* with 4 of 10 channels of a off \\(40%\\)"):
+    with pytest.raises(error, match=rf"with 4 of 10 channels of a off \(40%\), evaluate .*{says}"):
         scan(deps, evaluate, file=file)
     assert len(file.read_text().splitlines()) == 4
 

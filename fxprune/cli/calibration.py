@@ -13,7 +13,7 @@ from fxprune.errors import ArgumentError, ArtifactError
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
 
-def read_calibration(path: str) -> list[Any]:
+def read_calibration(path: str, option: str = "--calibration") -> list[Any]:
     """Batches of the samples in a file: one tensor ``[samples, ...]``, or one per input by name.
 
     Raises:
@@ -22,12 +22,12 @@ def read_calibration(path: str) -> list[Any]:
     """
     file = Path(path)
     if file.suffix not in SUFFIXES:
-        raise ArgumentError(f"--calibration {file} is none of {', '.join(SUFFIXES)}")
+        raise ArgumentError(f"{option} {file} is none of {', '.join(SUFFIXES)}")
     try:
         found = _read(file)
     # A damaged file ends in whatever its reader stumbles over.
     except Exception as error:
-        raise ArtifactError(f"{file} cannot be read as calibration samples: {error}") from error
+        raise ArtifactError(f"{file} cannot be read as samples: {error}") from error
     tensors = found if isinstance(found, dict) else {"": found}
     whole = {n: t for n, t in tensors.items() if isinstance(t, torch.Tensor) and t.dim()}
     if not whole or len(whole) < len(tensors):

@@ -17,6 +17,7 @@ from fxprune.cli.calibration import read_calibration
 from fxprune.cli.data import inspection, outcome, verdict_data
 from fxprune.cli.models import build, example_inputs, recorded_inputs
 from fxprune.cli.options import CALIBRATED, CRITERIA
+from fxprune.cli.sensitivity import scanned
 from fxprune.errors import ArgumentError
 from fxprune.export.save import PLAN_FILE, check_target
 from fxprune.latency.bench import bench
@@ -88,9 +89,12 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _sensitivity(options: argparse.Namespace) -> tuple[bool, str]:
+    return scanned(fp.analyze(_traced(options.model, options)), _criterion(options, None), options)
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "inspect": _inspect,
     "prune": _prune,
+    "sensitivity": _sensitivity,
     "verify": _verify,
     "bench": _bench,
 }
@@ -119,16 +123,21 @@ def _prune_arguments(options: argparse.Namespace, calibration: Any) -> dict[str,
     """Options that were given, by the names that ``prune`` has for them; its defaults else."""
     names = "flops params memory latency allocation ignore round_to min_channels max_ratio"
     chosen = {name: getattr(options, name) for name in f"{names} approximate frontend".split()}
-    name, importance = options.importance, None
-    if name in CRITERIA:
-        given = {"seed": options.seed} if name == "random" else {}
-        importance = getattr(fp, CRITERIA[name])(**given)
-    elif name in CALIBRATED:
-        importance = getattr(fp, CALIBRATED[name])(calibration)
+    if options.scan is not None:
+        chosen["allocation"] = fp.CIE(fp.Sensitivity.load(options.scan))
     return {name: value for name, value in chosen.items() if value is not None} | {
-        "importance": importance,
+        "importance": _criterion(options, calibration),
         "verify": not options.no_verify,
     }
+
+
+def _criterion(options: argparse.Namespace, calibration: Any) -> Any:
+    """What --importance names; None for the default."""
+    name = options.importance
+    if name in CRITERIA:
+        given = {"seed": options.seed} if name == "random" else {}
+        return getattr(fp, CRITERIA[name])(**given)
+    return getattr(fp, CALIBRATED[name])(calibration) if name in CALIBRATED else None
 
 
 def _json(data: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from fxprune.cli import sensitivity
+
 MODELS = """\
 MODEL is one of
   torchvision/NAME          a torchvision model with random weights
@@ -58,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
     _add_output_options(prune)
     _add_model_options(prune)
 
+    scan = _command(commands, "sensitivity", "prune each group alone, and measure what it does")
+    scan.add_argument("model", metavar="MODEL")
+    sensitivity.add_options(scan)
+    scan.add_argument("--importance", choices=CRITERIA, metavar="NAME", help=", ".join(CRITERIA))
+    _add_model_options(scan)
+
     verify = _command(commands, "verify", "compare a saved slim model with the masked original")
     verify.add_argument("slim", metavar="SLIM_DIR", help="folder that prune --out wrote")
     verify.add_argument(
@@ -101,6 +109,11 @@ def _add_budget_options(prune: argparse.ArgumentParser) -> None:
         "--allocation",
         choices=("global", "uniform", "isomorphic", "greedy", "optimal"),
         help="how budgets are shared out between groups (default: global)",
+    )
+    budget.add_argument(
+        "--scan",
+        metavar="FILE",
+        help="share budgets out by what fxprune sensitivity --out saved, instead of --allocation",
     )
     budget.add_argument(
         "--importance",

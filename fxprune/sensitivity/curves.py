@@ -9,11 +9,13 @@ import numpy as np
 from tabulate import tabulate
 
 from fxprune.errors import ArgumentError, ArtifactError
+from fxprune.planning.plan import PruningPlan
 from fxprune.planning.units import FloatArray
 from fxprune.sensitivity.damage import Scale
 from fxprune.sensitivity.files import replace_file
 
 FORMAT = "fxprune-sensitivity-1"
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,26 @@ class Sensitivity:
         )
         return result
 
-    def report(self) -> str:
-        """A table of the metric: a row per group, a column per ratio; - if not evaluated."""
+    def report(self, plan: PruningPlan | None = None) -> str:
+        """A table of the metric: a row per group, a column per ratio; - if not evaluated.
+
+        Args:
+            plan: shows the widths that it leaves, too.
+        """
+        kept = {} if plan is None else {g.name: len(g.kept) for g in plan.groups}
+        worst = max(float(self.envelope[np.isfinite(self.envelope)].max(initial=0.0)), 1e-300)
         rows = [
-            [c.group, c.width, *("-" if v is None else f"{v:.4f}" for v in c.values)]
-            for c in self.curves
+            [
+                c.group,
+                c.width,
+                *([kept[c.group]] if kept else []),
+                *("-" if v is None else f"{v:.4f}" for v in c.values),
+                "".join(_BARS[min(int(8 * d / worst), 7)] for d in row if np.isfinite(d)),
+            ]
+            for c, row in zip(self.curves, self.envelope, strict=True)
         ]
-        head = ["group", "width", *(f"{r:.0%}" for r in self.ratios)]
+        widths = ["width", "planned"] if kept else ["width"]
+        head = ["group", *widths, *(f"{r:.0%}" for r in self.ratios), "damage"]
         return (
             f"baseline {self.baseline:.4f}; metric when a group alone loses a share of its "
             f"channels\n\n{tabulate(rows, head, disable_numparse=True)}\n\n"
@@ -163,6 +178,20 @@ class Sensitivity:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str], plan: PruningPlan | None = None) -> None:
+        """Draw the damage of every group as a PNG file.
+
+        Args:
+            path: the file.
+            plan: shows the widths before and after it, too.
+
+        Raises:
+            FxpruneError: matplotlib is missing.
+        """
+        from fxprune.sensitivity.picture import draw  # it reads this type
+
+        replace_file(path, lambda file: draw(self, plan, file))
 
     def curve(self, group: str) -> Curve:
         """The curve of a group.

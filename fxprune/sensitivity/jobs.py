@@ -1,7 +1,9 @@
 """Tasks on an existing engine: joblib runs them here, in local processes, on Dask or on Ray."""
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 import joblib
 from joblib.parallel import get_active_backend
@@ -36,11 +38,14 @@ class Jobs:
     ) -> None:
         self.model, self.evaluate, self.threads = model, evaluate, threads
         backend, configured = get_active_backend()
-        chosen = type(backend).__name__ not in ("LokyBackend", "SequentialBackend")
-        local = not chosen and n_jobs is None and configured == 1
-        self.n_jobs = max((os.cpu_count() or 1) // threads, 1) if local else n_jobs
-        here = self.n_jobs if self.n_jobs is not None else configured
-        self.data = b"" if here == 1 and not chosen else pack(model, evaluate)
+        engine = type(backend).__name__
+        if n_jobs is None:
+            n_jobs = configured
+        if n_jobs is None:
+            n_jobs = _cores(model, threads) if engine == "LokyBackend" else -1
+        self.n_jobs = n_jobs
+        here = engine == "SequentialBackend" or (engine == "LokyBackend" and n_jobs == 1)
+        self.data = b"" if here else pack(model, evaluate)
 
     def run(self, tasks: Sequence[Task], scale: Scale) -> Generator[Outcome]:
         """Outcomes in the order in which they come.
@@ -58,10 +63,11 @@ class Jobs:
         losses = 0
         while left:
             try:
-                for outcome in self._round(left, scale):
-                    left.pop(outcome.task, None)
-                    losses = 0
-                    yield outcome
+                with closing(self._round(left, scale)) as outcomes:
+                    for outcome in outcomes:
+                        left.pop(outcome.task, None)
+                        losses = 0
+                        yield outcome
             # Every engine has its own errors for lost workers; a task itself raises none.
             except Exception as error:
                 losses += 1
@@ -72,7 +78,7 @@ class Jobs:
                         f"left ({names}): {type(error).__name__}: {error}"
                     ) from error
 
-    def _round(self, left: dict[int, Task], scale: Scale) -> Iterator[Outcome]:
+    def _round(self, left: dict[int, Task], scale: Scale) -> Generator[Outcome]:
         calls = [
             joblib.delayed(run_packed)(self.data, k, task, scale, self.threads)
             for k, task in left.items()
@@ -84,7 +90,15 @@ class Jobs:
                 batch_size=1,
                 pre_dispatch="2*n_jobs",
             )
-            yield from parallel(calls)
+            outcomes = parallel(calls)
+            try:
+                # Delegating would close it before the filter below is there.
+                for outcome in outcomes:  # noqa: UP028
+                    yield outcome
+            finally:
+                with warnings.catch_warnings():  # joblib warns of tasks that an error cancels
+                    warnings.simplefilter("ignore", UserWarning)
+                    outcomes.close()
         except ValueError as error:
             if "return_as" not in str(error):
                 raise
@@ -93,3 +107,10 @@ class Jobs:
                 step = max(joblib.effective_n_jobs(self.n_jobs), 1)
                 for k in range(0, len(calls), step):
                     yield from parallel(calls[k : k + step])
+
+
+def _cores(model: fx.GraphModule, threads: int) -> int:
+    """How many tasks fit this machine: one per core; one on an accelerator, which they share."""
+    if any(t.device.type != "cpu" for t in model.state_dict().values()):
+        return 1
+    return max((os.cpu_count() or 1) // threads, 1)

@@ -210,7 +210,7 @@ def _keep(store: Store, tasks: Sequence[Task], outcome: Outcome) -> None:
         where = f"with {outcome.removed} of {task.width} channels of {task.group} off ({share:.0%})"
     error = EvaluationError if outcome.finite else NonFiniteError
     trace = f"\n{outcome.trace}" if outcome.trace else ""
-    raise error(f"evaluate {outcome.failure} {where}{trace}")
+    raise error(f"{where}, evaluate {outcome.failure}{trace}")
 
 
 def _key(digests: dict[str, str], evaluate: Any, key: str, threads: int) -> str:
