@@ -13,6 +13,7 @@ STEPS = (1, 2, 4, 8, 16, 32, 64)
 _BELOW = (0, 1, 2, 3, 4, 6, 8, 9, 12, 15, 16, 17, 20, 24, 28, 31, 32, 33, 40, 47, 48, 49, 56, 60)
 # A longer step has to explain the times so much better than a shorter one.
 _BETTER = 0.8
+_NOISE = 1e-3  # share of the variance that says nothing
 
 
 def sweep(size: int, unit: int = 1) -> tuple[int, ...]:
@@ -43,9 +44,10 @@ def detect_step(sweeps: Sequence[tuple[Sequence[int], Sequence[float]]]) -> int:
     if not usable:
         return 1
     best = 1
-    rest = {r: float(np.median([_unexplained(w, s, r) for w, s in usable])) for r in STEPS}
+    # The mean of logarithms: where steps are clear they count, disturbed sweeps hardly do.
+    rest = {r: np.mean([np.log(_unexplained(w, s, r) + _NOISE) for w, s in usable]) for r in STEPS}
     for step in STEPS[1:]:
-        if rest[step] < _BETTER * rest[best] - 1e-9:
+        if rest[step] < rest[best] + np.log(_BETTER):
             best = step
     return best
 
