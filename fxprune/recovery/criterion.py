@@ -17,8 +17,9 @@ from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, BudgetError
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
-from fxprune.planning import PruningPlan, plan
+from fxprune.planning import plan
 from fxprune.planning.check import kept_channels
+from fxprune.planning.compose import original_channels
 from fxprune.recovery.elimination import BoolArray, Reader, elimination_order
 from fxprune.recovery.evidence import Seen, observe
 from fxprune.recovery.reconstruct import reconstruct_model
@@ -80,7 +81,7 @@ class ReconstructionError:
             )
             slim = analyze(trace(fitted, deps.traced.args))
             alive = kept_channels(deps, chosen)
-            known = _translation(deps, chosen, slim)
+            known = original_channels(deps, chosen, slim)
             again = known[self._order(slim, inputs)]
             again = again[again >= 0]
             rest = np.setdiff1d(np.flatnonzero(alive), again)  # prunable only in the whole model
@@ -105,21 +106,6 @@ def _ranks(order: IntArray) -> torch.Tensor:
     ranks = np.empty(len(order))
     ranks[order] = np.arange(len(order))
     return torch.from_numpy(ranks)
-
-
-def _translation(deps: DependencyGraph, chosen: PruningPlan, slim: DependencyGraph) -> IntArray:
-    """Channel of the original for every channel of the slim model, -1 where there is none."""
-    found = np.full(slim.n_channels, -1, dtype=np.int64)
-    kept = {(a.name, a.axis): np.array(a.kept) for a in chosen.axes}
-    before = {(a.name, a.axis): a.channels for a in deps.axes if a.blocks == 1}
-    for axis in slim.axes:
-        key = axis.name, axis.axis
-        if axis.blocks == 1 and key in before:
-            channels = before[key][kept[key]] if key in kept else before[key]
-            both = (axis.channels >= 0) & (axis.channels < slim.n_channels)
-            both &= (channels >= 0) & (channels < deps.n_channels)
-            found[axis.channels[both]] = channels[both]
-    return found
 
 
 def consumers(deps: DependencyGraph) -> set[str]:
