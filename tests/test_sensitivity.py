@@ -175,6 +175,16 @@ def test_hopeless_ratios_are_not_evaluated_and_marked() -> None:
     assert streamed.passes < len(calls) - 2
 
 
+def test_the_report_shows_the_widths_of_a_plan() -> None:
+    deps, evaluation = chain()
+    found = scan(deps, evaluation)
+    plan = fp.plan(deps, fp.CPMC()(deps), flops=0.6, allocation=fp.CIE(found))
+    rows = {line.split()[0]: line.split() for line in found.report(plan).splitlines() if line}
+    for group in plan.groups:
+        assert rows[group.name][1:3] == [str(group.width), str(len(group.kept))]
+        assert len(rows[group.name][-1]) == 10  # a bar per point of the curve
+
+
 def test_a_scan_is_data() -> None:
     deps, evaluation = chain()
     found = scan(deps, evaluation, stop_at=0.01)

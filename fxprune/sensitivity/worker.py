@@ -18,13 +18,13 @@ from fxprune.recovery.split import run_part, split_at
 from fxprune.sensitivity.damage import Scale
 from fxprune.sensitivity.evaluation import Evaluation, Mean
 from fxprune.sensitivity.grid import Point, Task, masked, run_point
-from fxprune.sensitivity.transport import twin, unpack
+from fxprune.sensitivity.transport import Bytes, twin, unpack
 from fxprune.verify.masked import Steps
 
 _KEPT_BYTES = 2**29  # of values in front of the first reader, which all points of a group share
 # Tasks of one process share a model and the random numbers, so threads take turns.
 _running = threading.RLock()
-_unpacked: tuple[bytes, Any] = (b"", ())  # of this process: unpacked once, used by many tasks
+_unpacked: tuple[str, Any] = ("", ())  # of this process: unpacked once, used by many tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,15 @@ class Outcome:
     trace: str = ""
 
 
-def run_packed(data: bytes, number: int, task: Task, scale: Scale, threads: int) -> Outcome:
+def run_packed(
+    data: Bytes, digest: str, number: int, task: Task, scale: Scale, threads: int
+) -> Outcome:
     """``run_task`` to its end, for a model and ``evaluate`` that were packed."""
     global _unpacked
     with _running:
         try:
-            if _unpacked[0] != data:
-                _unpacked = (data, unpack(data))
+            if _unpacked[0] != digest:
+                _unpacked = (digest, unpack(data))
         # A class that cannot be imported here, say.
         except Exception as error:
             what = f"cannot be read by a worker: {type(error).__name__}: {error}"
