@@ -311,6 +311,20 @@ def test_an_evaluation_that_fails_is_named_and_results_stay(bad, error, says, tm
     assert len(file.read_text().splitlines()) == 4
 
 
+def test_a_metric_that_fails_among_shared_batches_is_named() -> None:
+    deps, evaluation = chain()
+    calls = []
+
+    def metric(output: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(output))
+        if len(calls) == 2 + 5:  # two batches of the whole model, then ratios of the first batch
+            raise RuntimeError("no more disk")
+        return nn.functional.cross_entropy(output, targets)
+
+    with pytest.raises(fp.EvaluationError, match=r"with 5 of 10 channels of a off.*no more disk"):
+        scan(deps, fp.Evaluation(evaluation.batches, metric))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"ratios": (0.5, 0.2)}, {"ratios": (1.0,)}, {"ratios": ()}, {"stop_at": -1.0}, {"threads": 0}],

@@ -91,6 +91,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _sensitivity(options: argparse.Namespace) -> tuple[bool, str]:
     return scanned(fp.analyze(_traced(options.model, options)), _criterion(options, None), options)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "inspect": _inspect,
     "prune": _prune,

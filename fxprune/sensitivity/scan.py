@@ -230,7 +230,9 @@ def _key(digests: dict[str, str], evaluate: Any, key: str, threads: int) -> str:
     """What a stored value depends on, as one digest."""
     what = evaluate.metric if isinstance(evaluate, Evaluation) else evaluate
     name = getattr(what, "__qualname__", type(what).__qualname__)
-    parts = [digests, getattr(what, "__module__", ""), name, key, threads]
+    code = getattr(what, "__code__", None)
+    body = [code.co_code.hex(), code.co_names] if code else []  # functions may share a name
+    parts = [digests, getattr(what, "__module__", ""), name, body, key, threads]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
