@@ -175,6 +175,16 @@ def test_hopeless_ratios_are_not_evaluated_and_marked() -> None:
     assert streamed.passes < len(calls) - 2
 
 
+def test_the_report_shows_the_widths_of_a_plan() -> None:
+    deps, evaluation = chain()
+    found = scan(deps, evaluation)
+    plan = fp.plan(deps, fp.CPMC()(deps), flops=0.6, allocation=fp.CIE(found))
+    rows = {line.split()[0]: line.split() for line in found.report(plan).splitlines() if line}
+    for group in plan.groups:
+        assert rows[group.name][1:3] == [str(group.width), str(len(group.kept))]
+        assert len(rows[group.name][-1]) == 10  # a bar per point of the curve
+
+
 def test_a_scan_is_data() -> None:
     deps, evaluation = chain()
     found = scan(deps, evaluation, stop_at=0.01)
@@ -299,6 +309,20 @@ def test_an_evaluation_that_fails_is_named_and_results_stay(bad, error, says, tm
     with pytest.raises(error, match=rf"with 4 of 10 channels of a off \(40%\), evaluate .*{says}"):
         scan(deps, evaluate, file=file)
     assert len(file.read_text().splitlines()) == 4
+
+
+def test_a_metric_that_fails_among_shared_batches_is_named() -> None:
+    deps, evaluation = chain()
+    calls = []
+
+    def metric(output: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(output))
+        if len(calls) == 2 + 5:  # two batches of the whole model, then ratios of the first batch
+            raise RuntimeError("no more disk")
+        return nn.functional.cross_entropy(output, targets)
+
+    with pytest.raises(fp.EvaluationError, match=r"with 5 of 10 channels of a off.*no more disk"):
+        scan(deps, fp.Evaluation(evaluation.batches, metric))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.errors import EvaluationError
 from fxprune.sensitivity.damage import Scale
 from fxprune.sensitivity.grid import Task
-from fxprune.sensitivity.transport import pack
+from fxprune.sensitivity.transport import Packed
 from fxprune.sensitivity.worker import Outcome, run_packed, run_task
 
 _PATIENCE = 3  # rounds that end in a lost worker without one finished task
@@ -45,7 +45,7 @@ class Jobs:
             n_jobs = _cores(model, threads) if engine == "LokyBackend" else -1
         self.n_jobs = n_jobs
         here = engine == "SequentialBackend" or (engine == "LokyBackend" and n_jobs == 1)
-        self.data = b"" if here else pack(model, evaluate)
+        self.packed = None if here else Packed(model, evaluate)
 
     def run(self, tasks: Sequence[Task], scale: Scale) -> Generator[Outcome]:
         """Outcomes in the order in which they come.
@@ -55,7 +55,7 @@ class Jobs:
         Raises:
             EvaluationError: workers are lost again and again.
         """
-        if not self.data:
+        if self.packed is None:
             for k, task in enumerate(tasks):
                 yield from run_task(self.model, self.evaluate, k, task, scale, self.threads)
             return
@@ -63,7 +63,7 @@ class Jobs:
         losses = 0
         while left:
             try:
-                with closing(self._round(left, scale)) as outcomes:
+                with closing(self._round(self.packed, left, scale)) as outcomes:
                     for outcome in outcomes:
                         left.pop(outcome.task, None)
                         losses = 0
@@ -78,9 +78,9 @@ class Jobs:
                         f"left ({names}): {type(error).__name__}: {error}"
                     ) from error
 
-    def _round(self, left: dict[int, Task], scale: Scale) -> Generator[Outcome]:
+    def _round(self, packed: Packed, left: dict[int, Task], scale: Scale) -> Generator[Outcome]:
         calls = [
-            joblib.delayed(run_packed)(self.data, k, task, scale, self.threads)
+            joblib.delayed(run_packed)(packed.data, packed.digest, k, task, scale, self.threads)
             for k, task in left.items()
         ]
         try:

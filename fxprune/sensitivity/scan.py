@@ -24,6 +24,7 @@ from fxprune.sensitivity.grid import Grid, Point, Task, order_digest, without
 from fxprune.sensitivity.jobs import Jobs
 from fxprune.sensitivity.worker import Outcome
 
+_WHOLE = ("", 0)  # the whole model among the results
 RATIOS = tuple(k / 10 for k in range(1, 10))
 
 
@@ -97,30 +98,22 @@ def sensitivity(
     }
     store = Store(file, _key(digests, evaluate, key, threads))
     jobs = Jobs(deps.traced.graph_module, evaluate, n_jobs, threads)
-    wanted = sum(len(m) for m in masks.values())
+    points = [_WHOLE, *((deps.groups[k].name, n) for k, m in masks.items() for n in m)]
     with tqdm(
-        total=1 + wanted, desc="scanning", unit="point", disable=None if progress else True
+        total=len(points),
+        initial=sum(p in store.known for p in points),
+        desc="scanning",
+        unit="point",
+        disable=None if progress else True,
     ) as bar:
-        if ("", 0) not in store.known:
-            start = [Task("", 0, (Point(0, None, None),))]
-            with closing(jobs.run(start, Scale(1.0, higher_is_better))) as outcomes:
-                for outcome in outcomes:
-                    _keep(store, start, outcome)
-        baseline = store.known["", 0][0]
+        start = [] if _WHOLE in store.known else [Task("", 0, (Point(0, None, None),))]
+        _run(jobs, start, Scale(1.0, higher_is_better), store, bar)
+        baseline = store.known[_WHOLE][0]
         if baseline == 0:
             raise ArgumentError("the metric of the whole model is 0, so no damage can be a share")
-        bar.update(1)
         scale = Scale(baseline, higher_is_better, stop_at)
-        maker, tasks = Grid(deps), []
-        for k in scanned:
-            open_masks = _open(deps.groups[k].name, masks[k], store, scale)
-            bar.update(len(masks[k]) - len(open_masks))
-            if open_masks:
-                tasks += _split(maker.task(deps.groups[k], open_masks), evaluate, stop_at)
-        with closing(jobs.run(tasks, scale)) as outcomes:
-            for outcome in outcomes:
-                _keep(store, tasks, outcome)
-                bar.update(len(outcome.results))
+        together = isinstance(evaluate, Evaluation) or stop_at is not None
+        _run(jobs, _tasks(deps, masks, store, scale, together=together), scale, store, bar)
     curves = tuple(_curve(deps, units, k, grid, store, scale) for k in scanned)
     return Sensitivity(
         **digests,
@@ -185,11 +178,31 @@ def _open(name: str, masks: dict[int, BoolArray], store: Store, scale: Scale) ->
     return left
 
 
-def _split(task: Task, evaluate: Any, stop_at: float | None) -> list[Task]:
-    """Tasks as small as can be without doing anything twice."""
-    if isinstance(evaluate, Evaluation) or stop_at is not None:
-        return [task]
-    return [Task(task.group, task.width, (point,)) for point in task.points]
+def _tasks(
+    deps: DependencyGraph,
+    masks: dict[int, dict[int, BoolArray]],
+    store: Store,
+    scale: Scale,
+    *,
+    together: bool,
+) -> list[Task]:
+    """What is still to be done: a task per group, or one per point."""
+    grid, tasks = Grid(deps), []
+    for k, of_group in masks.items():
+        left = _open(deps.groups[k].name, of_group, store, scale)
+        if left:
+            task = grid.task(deps.groups[k], left)
+            apart = [Task(task.group, task.width, (point,)) for point in task.points]
+            tasks += [task] if together else apart
+    return tasks
+
+
+def _run(jobs: Jobs, tasks: Sequence[Task], scale: Scale, store: Store, bar: tqdm) -> None:
+    """Run tasks and keep what they give as it comes."""
+    with closing(jobs.run(tasks, scale)) as outcomes:
+        for outcome in outcomes:
+            _keep(store, tasks, outcome)
+            bar.update(len(outcome.results))
 
 
 def _keep(store: Store, tasks: Sequence[Task], outcome: Outcome) -> None:
@@ -217,7 +230,9 @@ def _key(digests: dict[str, str], evaluate: Any, key: str, threads: int) -> str:
     """What a stored value depends on, as one digest."""
     what = evaluate.metric if isinstance(evaluate, Evaluation) else evaluate
     name = getattr(what, "__qualname__", type(what).__qualname__)
-    parts = [digests, getattr(what, "__module__", ""), name, key, threads]
+    code = getattr(what, "__code__", None)
+    body = [code.co_code.hex(), code.co_names] if code else []  # functions may share a name
+    parts = [digests, getattr(what, "__module__", ""), name, body, key, threads]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -257,4 +272,4 @@ def _passes(store: Store, curves: Sequence[Curve]) -> float:
         for n, v in zip(c.removed, c.values, strict=True)
         if n and v is not None
     }
-    return store.known["", 0][1] + sum(store.known[at][1] for at in sorted(used))
+    return store.known[_WHOLE][1] + sum(store.known[at][1] for at in sorted(used))

@@ -5,6 +5,7 @@ names, and what depends on no input becomes a constant. Here the nodes travel as
 """
 
 import copy
+import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from functools import reduce
 from typing import Any
 
 import cloudpickle
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx, nn
 
 from fxprune.errors import ArgumentError
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+Bytes = npt.NDArray[np.uint8]
 _ADVICE = "evaluate with n_jobs=1, or use functions and data that can be pickled"
 
 
@@ -37,13 +41,20 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return super().reducer_override(obj)
 
 
-def pack(model: fx.GraphModule, evaluate: Callable[..., Any]) -> bytes:
+class Packed:
     """A captured model and what evaluates it, for ``unpack``.
+
+    The bytes are an array because engines share arrays between tasks: joblib maps them into the
+    memory of local processes, and Dask sends them to a worker once.
 
     Raises:
         ArgumentError: one of them cannot be pickled.
     """
-    return b"".join((_packed(model, "the model"), _packed(evaluate, "evaluate")))
+
+    def __init__(self, model: fx.GraphModule, evaluate: Callable[..., Any]) -> None:
+        data = _packed(model, "the model") + _packed(evaluate, "evaluate")
+        self.data: Bytes = np.frombuffer(data, dtype=np.uint8)
+        self.digest = hashlib.sha256(data).hexdigest()
 
 
 def twin(model: fx.GraphModule) -> fx.GraphModule:
@@ -51,9 +62,9 @@ def twin(model: fx.GraphModule) -> fx.GraphModule:
     return _rebuilt(*copy.deepcopy(_parts(model)))
 
 
-def unpack(data: bytes) -> tuple[fx.GraphModule, Callable[..., Any]]:
-    """What ``pack`` was given."""
-    stream = io.BytesIO(data)
+def unpack(data: Bytes) -> tuple[fx.GraphModule, Callable[..., Any]]:
+    """What was packed."""
+    stream = io.BytesIO(data.tobytes())
     return cloudpickle.load(stream), cloudpickle.load(stream)
 
 

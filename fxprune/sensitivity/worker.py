@@ -18,13 +18,13 @@ from fxprune.recovery.split import run_part, split_at
 from fxprune.sensitivity.damage import Scale
 from fxprune.sensitivity.evaluation import Evaluation, Mean
 from fxprune.sensitivity.grid import Point, Task, masked, run_point
-from fxprune.sensitivity.transport import twin, unpack
+from fxprune.sensitivity.transport import Bytes, twin, unpack
 from fxprune.verify.masked import Steps
 
 _KEPT_BYTES = 2**29  # of values in front of the first reader, which all points of a group share
 # Tasks of one process share a model and the random numbers, so threads take turns.
 _running = threading.RLock()
-_unpacked: tuple[bytes, Any] = (b"", ())  # of this process: unpacked once, used by many tasks
+_unpacked: tuple[str, Any] = ("", ())  # of this process: unpacked once, used by many tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,23 @@ class Outcome:
     trace: str = ""
 
 
-def run_packed(data: bytes, number: int, task: Task, scale: Scale, threads: int) -> Outcome:
+class _PointError(Exception):
+    """One of several points that see a batch together failed."""
+
+    def __init__(self, removed: int, cause: Exception) -> None:
+        super().__init__()
+        self.removed, self.cause = removed, cause
+
+
+def run_packed(
+    data: Bytes, digest: str, number: int, task: Task, scale: Scale, threads: int
+) -> Outcome:
     """``run_task`` to its end, for a model and ``evaluate`` that were packed."""
     global _unpacked
     with _running:
         try:
-            if _unpacked[0] != data:
-                _unpacked = (data, unpack(data))
+            if _unpacked[0] != digest:
+                _unpacked = (digest, unpack(data))
         # A class that cannot be imported here, say.
         except Exception as error:
             what = f"cannot be read by a worker: {type(error).__name__}: {error}"
@@ -105,8 +115,10 @@ def run_task(
                 yield Outcome(number, (result,))
     # evaluate is the user's own and may raise anything.
     except Exception as error:
-        what = f"raised {type(error).__name__}: {error}"
-        removed = task.points[done].removed
+        removed, cause = task.points[done].removed, error
+        if isinstance(error, _PointError):
+            removed, cause = error.removed, error.cause
+        what = f"raised {type(cause).__name__}: {cause}"
         yield Outcome(number, (), removed, what, trace=traceback.format_exc())
     finally:
         torch.set_num_threads(before)
@@ -158,11 +170,14 @@ def _shared(
         means = [Mean(evaluate.metric) for _ in points]
         heads.computed = 0.0
         for shared, inputs, targets in heads.batches(keep=not together):
-            for weight, mean in zip(weights, means, strict=True):
+            for point, weight, mean in zip(points, weights, means, strict=True):
                 reseed()
                 # A layer that works in place must not spoil what the next point starts from.
                 values = pytree.tree_map_only(Tensor, torch.clone, shared)
-                mean.add(run_part(heads.split.after, weight, values), inputs, targets)
+                try:
+                    mean.add(run_part(heads.split.after, weight, values), inputs, targets)
+                except Exception as error:
+                    raise _PointError(point.removed, error) from error
         for k, (point, mean) in enumerate(zip(points, means, strict=True)):
             head = 0.0 if k else heads.computed * task.prefix
             yield Result(point.removed, mean.value, head + 1 - task.prefix)
