@@ -117,7 +117,7 @@ class MaskedLoss:
                 found = list(self._outputs(way, group, masks))
             except (RuntimeError, ValueError, TypeError):
                 continue  # the model does something that vmap cannot batch
-            if all(_agree(a, b) for a, b in zip(found, expected, strict=True)):
+            if all(agree(a, b) for a, b in zip(found, expected, strict=True)):
                 self._ways[group.name] = way
                 break
         return self._ways[group.name]
@@ -180,7 +180,7 @@ class MaskedLoss:
             prunable = (axis.channels >= 0) & (axis.channels < self.deps.n_channels)
             at = torch.from_numpy(np.where(prunable, axis.channels, 0))
             kept = (alive[at] | torch.from_numpy(~prunable)).to(weight.device)
-            weight = weight * _aligned(kept, axis, weight).to(weight.dtype)
+            weight = weight * aligned(kept, axis, weight).to(weight.dtype)
         return weight
 
     def _exact(self, alive: BoolArray) -> Any:
@@ -189,7 +189,7 @@ class MaskedLoss:
         return run_masked(self.deps.traced, steps, self.inputs, double=False)
 
 
-def _aligned(kept: Tensor, axis: ParameterAxis, weight: Tensor) -> Tensor:
+def aligned(kept: Tensor, axis: ParameterAxis, weight: Tensor) -> Tensor:
     """Marks of the positions of an axis, in a shape that multiplies the weight."""
     if axis.blocks > 1:  # each convolution group has columns of its own
         rows = weight.shape[0] // axis.blocks
@@ -198,7 +198,8 @@ def _aligned(kept: Tensor, axis: ParameterAxis, weight: Tensor) -> Tensor:
     return kept.view([-1 if k == axis.axis else 1 for k in range(weight.dim())])
 
 
-def _agree(found: Any, expected: Any) -> bool:
+def agree(found: Any, expected: Any) -> bool:
+    """Whether two outputs are equal but for rounding."""
     pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
     for a, b in pairs:
         if isinstance(a, Tensor):

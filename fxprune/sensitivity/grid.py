@@ -20,7 +20,7 @@ from fxprune.ops.ledger import Role
 from fxprune.planning.budget import BoolArray
 from fxprune.planning.build import describe
 from fxprune.planning.units import FloatArray, Units, make_units
-from fxprune.recovery.masking import _agree, _aligned
+from fxprune.recovery.masking import agree, aligned
 from fxprune.recovery.split import run_part, split_at
 from fxprune.verify.masked import Steps, channel_reads, run_masked
 from fxprune.verify.trial import trial_inputs
@@ -133,7 +133,7 @@ class Grid:
         for axis in self.deps.axes:
             kept = stays[np.minimum(axis.channels, self.deps.n_channels)]
             if axis.role is Role.CONSUMER and not kept.all():
-                marks = _aligned(torch.from_numpy(kept), axis, self.deps.tensors[axis.name])
+                marks = aligned(torch.from_numpy(kept), axis, self.deps.tensors[axis.name])
                 before = columns.get(axis.name)
                 columns[axis.name] = marks if before is None else before & marks
         return columns
@@ -149,7 +149,7 @@ class Grid:
                 found = run_part(split.after, masked(self.model, point.columns), found)
             except (RuntimeError, ValueError, TypeError, FxpruneError):
                 return False
-            return _agree(found, exact)
+            return agree(found, exact)
 
     def _fresh(self) -> tuple[Any, ...]:
         fresh: tuple[Any, ...] = pytree.tree_map_only(Tensor, torch.clone, self._probe)
