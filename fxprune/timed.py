@@ -11,7 +11,7 @@ from fxprune.planning import PruningPlan
 
 _ROUNDS = 4
 _NEAR = 0.02  # of the goal, below which a measurement is no reason to plan anew
-_RUNS = 40  # of each model per measurement
+_MOST_RUNS, _FEWEST_RUNS, _SECONDS = 40, 8, 10.0  # of each model per measurement
 
 
 def on_the_clock(
@@ -35,7 +35,11 @@ def on_the_clock(
     share, found = goal, []
     for _ in range(_ROUNDS):
         chosen, slim = slimmed(share)
-        ratio, seconds, before = latency_ratio(slim, traced.graph_module, traced.args, rounds=_RUNS)
+        affordable = int(_SECONDS / max(chosen.reached["latency_before"], 1e-9))
+        rounds = min(max(affordable, _FEWEST_RUNS), _MOST_RUNS)
+        ratio, seconds, before = latency_ratio(
+            slim, traced.graph_module, traced.args, rounds=rounds
+        )
         reached = {"latency_measured": seconds, "latency_measured_before": before}
         chosen = replace(
             chosen,

@@ -26,7 +26,7 @@ from fxprune.latency import default_cache
 from fxprune.vision import import_torchvision
 
 LIMIT = 0.05  # of the target
-ROUNDS = {1: 40, 16: 12}
+ROUNDS = {1: 40, 16: 8}
 
 
 def latency_plan_of_equal_macs(
