@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from fxprune.errors import ArtifactError
+from fxprune.files import replace_text
 
 FORMAT = "fxprune-timings-1"
 
@@ -64,14 +64,7 @@ class TimingCache:
         points = self._read(operator) | self._known[operator]
         file = self._file(operator)
         try:
-            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=file.name + ".")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                    json.dump(_sealed(operator, self._setting, points), stream, indent=1)
-                Path(temporary).replace(file)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            replace_text(file, json.dumps(_sealed(operator, self._setting, points), indent=1))
         except OSError as error:
             raise ArtifactError(f"timings cannot be written to {file}: {error}") from error
 

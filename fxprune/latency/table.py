@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from fxprune.capture.traced import TracedModel
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, ArtifactError, FingerprintError
+from fxprune.files import replace_text
 from fxprune.latency.cache import TimingCache
 from fxprune.latency.clock import Clock, latency_ratio
 from fxprune.latency.cost import LatencyCost
@@ -270,15 +270,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON; an interrupted write leaves no half file."""
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LatencyTable":

@@ -9,10 +9,10 @@ import numpy as np
 from tabulate import tabulate
 
 from fxprune.errors import ArgumentError, ArtifactError
+from fxprune.files import replace_file, replace_text
 from fxprune.planning.plan import PruningPlan
 from fxprune.planning.units import FloatArray
 from fxprune.sensitivity.damage import Scale
-from fxprune.sensitivity.files import replace_file
 
 FORMAT = "fxprune-sensitivity-1"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -165,7 +165,7 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_json`` to a file, whole or not at all."""
-        replace_file(path, lambda file: Path(file).write_text(self.to_json(), encoding="utf-8"))
+        replace_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Sensitivity":

@@ -1,28 +1,13 @@
-"""Files that are there whole or not at all, and results that are appended one by one."""
+"""Results that are appended one by one."""
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fxprune.errors import ArtifactError
 
 FORMAT = "fxprune-scan-1"
-
-
-def replace_file(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
-    """Let ``write`` fill a temporary file and put that in the place of ``path``."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-    os.close(handle)
-    try:
-        write(temporary)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class Store:
