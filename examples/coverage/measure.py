@@ -233,7 +233,7 @@ def _half_in_place(row: Row, model: torch.nn.Module, inputs: Any) -> None:
 
 def _floor(row: Row, error: fp.BudgetError) -> float:
     row["lowest"] = lowest_reachable(error)
-    row["floor"] = str(error).partition(". Held: ")[2].partition(", and at least")[0]
+    row["floor"] = str(error).partition("rozen groups hold the rest: ")[2]
     return row["lowest"]
 
 

@@ -128,7 +128,8 @@ def check_reachable(problem: Problem, held: Callable[[], str]) -> None:
                 f"({least / whole:.4f}) is the lowest reachable"
             )
     if lines:
-        raise BudgetError(f"{'; '.join(lines)}. {held().capitalize()}")
+        why = held()
+        raise BudgetError(f"{'; '.join(lines)}. {why[:1].upper()}{why[1:]}")
 
 
 def remove_in_order(problem: Problem, order: IntArray) -> BoolArray:
