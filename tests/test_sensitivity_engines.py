@@ -116,7 +116,9 @@ def test_a_killed_process_costs_no_finished_result(deps, batches, tmp_path) -> N
     assert (tmp_path / "log.once").exists()
     points = Counter(log.read_text().splitlines())
     assert len(points) == found.evaluations
-    assert sum(points.values()) <= found.evaluations + 2  # what ran beside the lost one, again
+    # At most what was under way is done again: joblib hands out two tasks per process.
+    assert max(points.values()) <= 2
+    assert sum(points.values()) <= found.evaluations + 4
 
 
 def test_workers_that_die_again_and_again_are_told(deps, batches, tmp_path) -> None:
