@@ -96,7 +96,8 @@ def prune(
         params: share of the parameters to keep at most.
         memory: share of the peak memory of activations to keep at most.
         latency: share of the latency on the example inputs to keep. Times of operators are measured
-            on this device, and the slim model beside the original, until it holds.
+            on this device, and the slim model beside the original, in a few rounds until it is
+            within 2 % on either side; the nearest is returned.
         latency_table: times to go by instead, such as those of another device; then the slim model
             is not measured.
         ratios: share of its channels to keep, per group, or one share for all groups.

@@ -64,20 +64,16 @@ class Global:
 
 
 @dataclass(frozen=True, slots=True)
-class Uniform:
+class Uniform(Global):
     """Every group loses the same share of its channels (local pruning)."""
 
     def rank(self, deps: DependencyGraph, scores: FloatArray) -> FloatArray:
         """The share of the group's channels that are not stronger, in (0, 1]."""
         return _quantiles(scores, deps.group_of)
 
-    def choose(self, problem: Problem) -> Allocated:
-        """Weakest first."""
-        return Global().choose(problem)
-
 
 @dataclass(frozen=True, slots=True)
-class Isomorphic:
+class Isomorphic(Global):
     """Groups that are alike compete with each other; every set of them loses the same share.
 
     Groups are alike if the same parameters of the same types of layers lie in them, in the same
@@ -89,10 +85,6 @@ class Isomorphic:
     def rank(self, deps: DependencyGraph, scores: FloatArray) -> FloatArray:
         """The share of the channels in alike groups that are not stronger, in (0, 1]."""
         return _quantiles(scores, isomorphic_sets(deps)[deps.group_of])
-
-    def choose(self, problem: Problem) -> Allocated:
-        """Weakest first."""
-        return Global().choose(problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +114,7 @@ class Optimal:
     Each group has a choice of widths; the costs of all combinations are exact, because products of
     widths are linear once one of them is chosen. What the chosen widths leave over is filled up
     channel by channel. The plan says how much was kept, how much the greedy allocation keeps, and
-    the least upper bound that was proven for these widths.
+    an upper bound for plans with any widths.
 
     Scores count as values that add up, so they have to be 0 or more.
 

@@ -85,7 +85,7 @@ class PruningPlan:
         approximate: graph nodes where a statistic over channels changes.
         search: what is known about the choice, for allocations that look for the best: ``value``,
             the share of all scores that is kept; ``value_of_greedy``; and ``bound``, which no plan
-            with the widths that were considered exceeds. Of ``CIE``: ``damage``, the largest
+            exceeds, whatever its widths. Of ``CIE``: ``damage``, the largest
             stand-alone damage that a group suffers, and ``unscanned``, how many channels went
             although the scan says nothing about so many.
     """
