@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import median_filter
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -36,6 +35,8 @@ def detect_step(sweeps: Sequence[tuple[Sequence[int], Sequence[float]]]) -> int:
     Returns:
         One of ``STEPS``; 1 where nothing was measured, or time just grows with the width.
     """
+    from scipy.ndimage import median_filter  # a tenth of a second at start-up, for tables only
+
     usable = [
         (np.asarray(w), median_filter(np.asarray(s), size=3, mode="nearest"))  # without outliers
         for w, s in sweeps
