@@ -10,9 +10,10 @@ relaxation is tight (it is the convex hull of each product with a chain).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import optimize, sparse
+from scipy import sparse
 
 from fxprune.cost import Cost, CostModel, PeakMemory
 from fxprune.errors import ArgumentError
@@ -231,7 +232,7 @@ class _Program:
         self._budgets.append(len(self._rows))
         self._row(expression.variables, expression.weights / scale, -np.inf, rest)
 
-    def minimise(self, costs: FloatArray, seconds: float, gap: float) -> optimize.OptimizeResult:
+    def minimise(self, costs: FloatArray, seconds: float, gap: float) -> Any:
         """Solve; ``costs`` are those of the choices."""
         objective = np.zeros(self.n)
         objective[: len(costs)] = costs
@@ -260,7 +261,9 @@ class _Program:
 
     def _solve(
         self, objective: FloatArray, integers: int, seconds: float, gap: float, margin: float
-    ) -> optimize.OptimizeResult:
+    ) -> Any:
+        from scipy import optimize  # a fifth of a second at start-up, for this allocation only
+
         sizes = [len(variables) for variables, _ in self._rows]
         where = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([v for v, _ in self._rows])
         values = np.concatenate([w for _, w in self._rows])
