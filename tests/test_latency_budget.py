@@ -142,6 +142,28 @@ def test_what_the_slim_model_really_takes_corrects_the_prediction(monkeypatch, x
     assert "latency_measured" in result.report()
 
 
+def test_plan_meets_the_measured_latency_too(monkeypatch, x: Tensor) -> None:
+    """The table is twice too kind to one layer; only the clock knows."""
+    table = Formula({"fine": 1e-4, "coarse": 1e-4})
+    tried = []
+
+    def clock(slim: nn.Module, model: nn.Module, inputs: Tensor, *, rounds: int):
+        seconds = [1e-3 + 1e-8 * macs(m, inputs) for m in (slim, model)]
+        tried.append(seconds[0] / seconds[1])
+        return tried[-1], *seconds
+
+    monkeypatch.setattr(fxprune.timed, "latency_ratio", clock)
+    monkeypatch.setattr(fxprune.planning.request, "measured_table", lambda deps: table)
+    deps = fp.analyze(fp.trace(Two(), x))
+    plan = fp.plan(deps, fp.L1()(deps), latency="75%")
+    assert abs(tried[0] / 0.75 - 1) > 0.02
+    slim = fp.rewrite(deps.traced, plan)
+    assert clock(slim, deps.traced.graph_module, x, rounds=1)[0] == pytest.approx(0.75, rel=0.02)
+    before = len(tried)
+    fp.plan(deps, fp.L1()(deps), latency=0.75, latency_table=table)
+    assert len(tried) == before, "a given table is not questioned"
+
+
 def test_steps_share_one_measurement(x: Tensor) -> None:
     table = Formula({"fine": 2e-4, "coarse": 1e-4})
     asked = []
