@@ -6,7 +6,7 @@
 Three plans per model and batch size, each rebuilt and measured in turns with the original:
 
 - ``predicted``: ``fp.plan(latency=..., latency_table=...)``, from the times of single operators;
-- ``plan``: ``fp.plan(latency=...)``, which corrects the plan by what it measures, like ``fp.prune``;
+- ``plan``: ``fp.plan(latency=...)``, which measures what comes out and corrects the plan;
 - two greedy plans with as many MACs, half of them: one that pays for MACs, one that pays for
   latency. The last column is how much faster the second is.
 
