@@ -488,13 +488,13 @@ def test_a_recipe_that_was_stopped_goes_on_and_ends_alike(step, tmp_path, monkey
 
     left = list(range(1 if step == "selection" else 9))
     stopped = recipe(folder=tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(StopRecipeError):
-        if step == "selection":
-            patched.setattr(hgsr, "plan_of", stop)
-        else:
-            options = dict(getattr(stopped, step), after_step=stop)
-            stopped = replace(stopped, **{step: options})
+    if step == "selection":
+        monkeypatch.setattr(hgsr, "plan_of", stop)
+    else:
+        stopped = replace(stopped, **{step: dict(getattr(stopped, step), after_step=stop)})
+    with pytest.raises(StopRecipeError):
         stopped(model, x[:2], stripes()[1])
+    monkeypatch.undo()
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     resumed = recipe(folder=tmp_path)(model, x[:2], stripes()[1])
     a, b = whole.model.state_dict(), resumed.model.state_dict()
