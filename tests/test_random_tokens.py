@@ -1,5 +1,7 @@
 """Random networks of attention, gates, recurrence and concatenations, which shrink if they fail."""
 
+import copy
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,3 +31,26 @@ def test_random_token_networks_equal_the_masked_original(steps: list[Step], seed
     masked = masked_original(model, plan, model.readers, model.silent)
     for inputs in (x, torch.cat([x, x.flip(0)], 1)[:1]):
         assert_same_function(slim, masked, inputs)
+
+
+@settings(max_examples=10)
+@given(steps=steps(), seed=st.integers(0, 3))
+def test_all_ways_to_prune_a_random_token_network_agree(steps: list[Step], seed: int) -> None:
+    """Through an exported graph, and on the modules themselves."""
+    model = randomize(RandomTokens(steps).double(), seed).eval()
+    x = torch.randn(2, 5, FEATURES, generator=torch.Generator().manual_seed(seed)).double()
+    symbolic, exported = (fp.trace(model, x, frontend) for frontend in ("symbolic", "export"))
+    deps = fp.analyze(symbolic)
+    again = fp.analyze(exported)
+    assert [(g.layers, g.width) for g in again.groups] == [(g.layers, g.width) for g in deps.groups]
+    ratio = (0.7, 0.5, 0.3, 0.15)[seed]
+    plan = fp.plan(deps, fp.L1()(deps), ratios=ratio)
+    same = fp.plan(again, fp.L1()(again), ratios=ratio)
+    assert [g.kept for g in same.groups] == [g.kept for g in plan.groups]
+    assert same.reached["macs"] == plan.reached["macs"]
+    slim, other = fp.rewrite(symbolic, plan), fp.rewrite(exported, same)
+    own = fp.apply_plan(copy.deepcopy(model), plan, x)
+    assert_same_function(slim, other, x)
+    assert_same_function(slim, own, x)
+    state = own.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in slim.state_dict().items())

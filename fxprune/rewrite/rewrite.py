@@ -54,8 +54,7 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
     tensors = slim_tensors(((first_names[id(t)], t) for _, t in named), plan.axes)
     root = slim_tree(original, tensors, _module_groups(deps, shapes))
     graph = _GraphRewriter(deps, shapes, root).run()
-    persistent = set(original.state_dict())
-    slim = build_graph_module(root, graph, type(original).__name__, persistent)
+    slim = build_graph_module(root, graph, type(original).__name__, original)
     modes = {name: m.training for name, m in original.named_modules()}
     for name, module in slim.named_modules():
         module.training = modes.get(name, original.training)
