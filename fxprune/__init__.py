@@ -11,6 +11,7 @@ True
 
 from fxprune.api import ChannelPruning, PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
+from fxprune.checkpoint import Checkpoint
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
     ArgumentError,
@@ -22,6 +23,7 @@ from fxprune.errors import (
     FingerprintError,
     FxpruneError,
     NonFiniteError,
+    OtherWeightsWarning,
     PlanError,
     Refusal,
     RewriteError,
@@ -50,7 +52,7 @@ from fxprune.iterative import prune_iteratively
 from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
-from fxprune.planning import Optimal, PruningPlan, plan
+from fxprune.planning import Optimal, PlanDiff, PruningPlan, compose, diff_plans, plan
 from fxprune.recovery import (
     HGSR,
     LASSO,
@@ -77,8 +79,7 @@ from fxprune.recovery import (
 from fxprune.rewrite import rewrite
 from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
 from fxprune.verify import Verdict, verify
-
-__version__ = "0.1.0"
+from fxprune.version import __version__ as __version__
 
 __all__ = [
     "CIE",
@@ -97,6 +98,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "ChannelPruning",
+    "Checkpoint",
     "Curve",
     "DependencyGraph",
     "DependencySparsity",
@@ -123,6 +125,8 @@ __all__ = [
     "NonFiniteError",
     "Normalised",
     "Optimal",
+    "OtherWeightsWarning",
+    "PlanDiff",
     "PlanError",
     "PruneResult",
     "PruningPlan",
@@ -140,8 +144,10 @@ __all__ = [
     "analyze",
     "apply_plan",
     "collect_evidence",
+    "compose",
     "decompose_channels",
     "decompose_spatial",
+    "diff_plans",
     "factorize_linear",
     "finetune",
     "latency_ratio",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fxprune.coupling.graph import DependencyGraph, ParameterAxis
-from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.errors import NonFiniteError
 from fxprune.importance.criterion import UNJUDGED, FloatArray, Roles
 from fxprune.ops.labels import IntArray
 
@@ -145,11 +145,9 @@ def weight_data(deps: DependencyGraph, name: str) -> torch.Tensor:
     """A parameter without its history, at least float32.
 
     Raises:
-        ArgumentError: it is on the meta device.
+        ArgumentError: it is on the meta device, and no checkpoint is there to read it from.
     """
-    weight = deps.tensors[name].detach()
-    if weight.is_meta:
-        raise ArgumentError(f"{name} is on the meta device and holds no weights to rank by")
+    weight = deps.traced.weight(name)
     return weight if weight.dtype.itemsize >= 4 else weight.float()
 
 
