@@ -135,7 +135,7 @@ def test_other_weights_are_said_or_refused_and_the_same_are_not(target: str, tmp
         carry_out(1, "warn")
         carry_out(1, "refuse")
         slim = carry_out(2, "allow")
-    with pytest.warns(fp.OtherWeightsWarning, match=r"15 of 15 .*stem\.0\.weight \[13, 3, 3, 3\]"):
+    with pytest.warns(fp.OtherWeightsWarning, match=r"15 of 15 .*weight \["):
         said = carry_out(2, "warn")
     assert all(torch.equal(slim[n], said[n]) for n in slim)
     with pytest.raises(fp.FingerprintError, match="other weights"):
