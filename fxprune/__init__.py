@@ -29,7 +29,7 @@ from fxprune.errors import (
     RewriteError,
     VerificationError,
 )
-from fxprune.export import apply_plan, load, save
+from fxprune.export import apply_plan, broadcast_plan, load, prune_ema, prune_optimizer, save
 from fxprune.importance import (
     CPMC,
     FPGM,
@@ -143,6 +143,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply_plan",
+    "broadcast_plan",
     "collect_evidence",
     "compose",
     "decompose_channels",
@@ -155,7 +156,9 @@ __all__ = [
     "measure_latency",
     "plan",
     "prune",
+    "prune_ema",
     "prune_iteratively",
+    "prune_optimizer",
     "recalibrate",
     "reconstruct",
     "register_rule",

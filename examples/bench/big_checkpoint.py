@@ -1,8 +1,8 @@
 """Plan and slim a checkpoint that is larger than the memory that it takes.
 
-    python examples/bench/big_checkpoint.py --folder /tmp/big      # needs 15 GB of disk, for a while
+    python examples/bench/big_checkpoint.py --folder /tmp/big
 
-Writes random bfloat16 weights of a Llama-style decoder (decoder.py) as Hugging Face shards, plans
+Needs 15 GB of disk for a while. Writes random bfloat16 weights of a Llama-style decoder (decoder.py) as Hugging Face shards, plans
 from them with the model on the meta device, slices the shards, compares what came out with the
 original tensor by tensor, and deletes everything. Each stage is a process of its own, and its peak
 of resident memory is what the kernel says (VmHWM: mapped pages of files count too).
@@ -70,7 +70,10 @@ def plan(folder: Path, out: Path, config: Config, criterion: str, params: float)
         meta_decoder(config), torch.zeros(1, 64, dtype=torch.long), weights=fp.Checkpoint(folder)
     )
     deps, made_by = fp.analyze(traced), CRITERIA[criterion]()
-    fp.plan(deps, made_by(deps), params=params, round_to=1, criterion=made_by).save(out)
+    chosen = fp.plan(
+        deps, made_by(deps), params=params, allocation="uniform", criterion=made_by
+    )  # uniform: the width of the stream, heads and inner widths all shrink
+    chosen.save(out)
 
 
 def compare(folder: Path, slim: Path, plan_file: Path) -> None:
