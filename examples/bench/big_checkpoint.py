@@ -2,10 +2,11 @@
 
     python examples/bench/big_checkpoint.py --folder /tmp/big
 
-Needs 15 GB of disk for a while. Writes random bfloat16 weights of a Llama-style decoder (decoder.py) as Hugging Face shards, plans
-from them with the model on the meta device, slices the shards, compares what came out with the
-original tensor by tensor, and deletes everything. Each stage is a process of its own, and its peak
-of resident memory is what the kernel says (VmHWM: mapped pages of files count too).
+Needs 15 GB of disk for a while. Writes random bfloat16 weights of a Llama-style decoder
+(decoder.py) as Hugging Face shards, plans from them with the model on the meta device, slices the
+shards, compares what came out with the original tensor by tensor, and deletes everything. Each
+stage is a process of its own, and its peak of resident memory is what the kernel says (VmHWM:
+mapped pages of files count too).
 """
 
 import argparse

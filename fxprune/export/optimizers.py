@@ -112,8 +112,8 @@ class _Change:
 def _changes(plan: PruningPlan, model: nn.Module, slim: nn.Module | None) -> dict[Tensor, _Change]:
     """What becomes of every parameter of a model, after checking that the plan fits."""
     names: dict[Tensor, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
+    for name, held in model.named_parameters(remove_duplicate=False):
+        names[held].append(name)
     new = None if slim is None else dict(slim.named_parameters(remove_duplicate=False))
     changes, shapes = dict[Tensor, _Change](), dict[str, Shape]()
     for parameter, own in names.items():
