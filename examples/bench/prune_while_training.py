@@ -1,15 +1,16 @@
 """Prune in the middle of training: the optimizer's state sliced, a fresh optimizer, or no pruning.
 
-    python examples/bench/prune_while_training.py        # minutes; writes the table and the picture
+    python examples/bench/prune_while_training.py        # minutes; prints tables, draws a picture
 
-A small network learns Fashion-MNIST at 14 x 14 pixels. Half way it is pruned, and three runs go on
-from there on the same batches with the same learning rates: the unpruned one, the slim one with the
-sliced state, and the slim one with a new optimizer. Needs the data set that fashion.py reads.
+A small network learns Fashion-MNIST at 14 x 14 pixels. Half way it is pruned, and runs go on from
+there on the same batches with the same learning rates: the unpruned one, slim ones with the sliced
+state, and slim ones with a new optimizer. Needs the data set that fashion.py reads.
 """
 
 import argparse
 import copy
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,6 @@ import fxprune as fp
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "prune-while-training.md"
 PICTURE = "images/prune-while-training.png"
-ARMS = ("unpruned", "sliced state", "fresh optimizer")
 SIZE = 64
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -78,21 +78,20 @@ class Run:
         return run
 
 
-def three_runs(
-    data: Fashion, make: Make, steps: int, share: float, seed: int
+def runs_from_the_middle(
+    data: Fashion, make: Make, steps: int, shares: Sequence[float], seed: int
 ) -> dict[str, tuple[list[float], float]]:
-    """Losses of all steps and accuracy at the end, by arm."""
+    """Losses of all steps and accuracy at the end, by what was done half way."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = [b for _ in range(99) for b in batches(len(data.train_images), SIZE, generator)][:steps]
     run = Run(network().train(), make, steps)
     for chosen in order[: steps // 2]:
         run.learn(data.train_images[chosen], data.train_classes[chosen])
-    runs = {
-        "unpruned": copy.deepcopy(run),
-        "sliced state": run.pruned(share, fresh=False),
-        "fresh optimizer": run.pruned(share, fresh=True),
-    }
+    runs = {"unpruned": copy.deepcopy(run)}
+    for share in shares:
+        runs[f"{share:.0%}, sliced state"] = run.pruned(share, fresh=False)
+        runs[f"{share:.0%}, fresh optimizer"] = run.pruned(share, fresh=True)
     for chosen in tqdm(order[steps // 2 :], leave=False, mininterval=5):
         for arm in runs.values():
             arm.learn(data.train_images[chosen], data.train_classes[chosen])
@@ -125,12 +124,15 @@ HEADERS = {
 }
 
 
-def table(found: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+Found = dict[str, list[dict[str, dict[str, float]]]]  # by optimizer, seed, arm and figure
+
+
+def table(found: Found) -> str:
     """Means over seeds with their standard deviations, as Markdown."""
-    lines = ["| optimizer | run | " + " | ".join(HEADERS.values()) + " |"]
+    lines = ["| optimizer | MACs kept, run | " + " | ".join(HEADERS.values()) + " |"]
     lines.append("|---" * (2 + len(HEADERS)) + "|")
     for optimizer, seeds in found.items():
-        for arm in ARMS:
+        for arm in seeds[0]:
             cells = []
             for key in HEADERS:
                 values = [seed[arm][key] for seed in seeds]
@@ -141,38 +143,59 @@ def table(found: dict[str, list[dict[str, dict[str, float]]]]) -> str:
     return "\n".join(lines)
 
 
-def wins(found: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+def wins(found: Found, shares: Sequence[float]) -> str:
     """How often the sliced state is better than a fresh optimizer, by seed."""
-    lines = []
+    lines = ["| optimizer | MACs kept | 10 steps | 100 steps | last 100 | test accuracy |"]
+    lines.append("|---" * 6 + "|")
     for optimizer, seeds in found.items():
-        counts = {
-            key: sum(s["sliced state"][key] < s["fresh optimizer"][key] for s in seeds)
-            for key in ("next 10", "next 100", "last 100")
-        }
-        said = ", ".join(f"{n} of {len(seeds)} over the {key}" for key, n in counts.items())
-        lines.append(f"{optimizer}: the sliced state has the lower loss in {said} steps.")
+        for share in shares:
+            sliced, fresh = f"{share:.0%}, sliced state", f"{share:.0%}, fresh optimizer"
+            cells = [
+                sum(sign * (s[sliced][key] - s[fresh][key]) > 0 for s in seeds)
+                for key, sign in (
+                    ("next 10", -1),
+                    ("next 100", -1),
+                    ("last 100", -1),
+                    ("accuracy", 1),
+                )
+            ]
+            said = " | ".join(f"{n} of {len(seeds)}" for n in cells)
+            lines.append(f"| {optimizer} | {share:.0%} | {said} |")
     return "\n".join(lines)
 
 
-def plot(curves: dict[str, dict[str, list[list[float]]]], at: int, path: Path) -> None:
-    """Mean loss over seeds around the cut."""
+def plot(
+    curves: dict[str, dict[str, list[list[float]]]], shares: Sequence[float], at: int, path: Path
+) -> None:
+    """Loss around the cut, and how far it is above the unpruned run, as means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(11, 4), sharey=True)
-    for axis, (optimizer, arms) in zip(axes, curves.items(), strict=True):
-        for arm, style in zip(ARMS, ("k-", "C0-", "C3-"), strict=True):
-            mean = torch.tensor(arms[arm]).mean(0)[at - 60 : at + 120]
-            axis.plot(range(-60, len(mean) - 60), mean, style, lw=1.2, label=arm)
-        axis.axvline(0, color="grey", lw=0.8, ls=":")
-        axis.set(title=optimizer, xlabel="steps after the cut")
-    axes[0].set(ylabel="training loss, mean over seeds", yscale="log")
-    axes[-1].legend()
+    figure, grid = pyplot.subplots(2, len(curves), figsize=(11, 7), sharex=True, sharey="row")
+    steps = slice(at - 60, at + 150)
+    for axes, (optimizer, arms) in zip(grid.T, curves.items(), strict=True):
+        unpruned = torch.tensor(arms["unpruned"]).mean(0)
+        for k, name in enumerate(arms):
+            fresh, mean = "fresh" in name, torch.tensor(arms[name]).mean(0)
+            style = {"ls": ":" if fresh else "-", "lw": 1.2, "label": name}
+            style["color"] = f"C{(k - 1) // 2}" if k else "black"
+            if k == 0 or name.startswith(f"{shares[len(shares) // 2]:.0%}"):
+                axes[0].plot(range(-60, 150), mean[steps], **style)
+            smooth = F.avg_pool1d((mean - unpruned)[None], 5, 1, 2, count_include_pad=False)[0]
+            axes[1].plot(range(-60, 150), smooth[steps], **style)
+        for axis in axes:
+            axis.axvline(0, color="grey", lw=0.8)
+        axes[0].set(title=optimizer)
+        axes[0].legend()
+        axes[1].set(xlabel="steps after the cut")
+    grid[0, 0].set(ylabel="training loss")
+    grid[1, 0].set(ylabel="above unpruned, mean of 5 steps")
+    grid[1, -1].legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -182,7 +205,9 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="folder with the files of the data set")
     parser.add_argument("--steps", type=int, default=600, help="of training; the cut is half way")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--flops", type=float, default=0.7, help="share of the MACs to keep")
+    parser.add_argument(
+        "--flops", type=float, nargs="+", default=[0.9, 0.7, 0.5], help="shares of the MACs to keep"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, default=PAGE.parent / PICTURE)
     options = parser.parse_args()
@@ -192,12 +217,12 @@ def main() -> None:
         train_images=F.avg_pool2d(data.train_images, 2),
         test_images=F.avg_pool2d(data.test_images, 2),
     )
-    found: dict[str, list[dict[str, dict[str, float]]]] = {}
+    found: Found = {}
     curves: dict[str, dict[str, list[list[float]]]] = {}
     for optimizer, make in OPTIMIZERS.items():
-        found[optimizer], curves[optimizer] = [], {arm: [] for arm in ARMS}
+        found[optimizer], curves[optimizer] = [], defaultdict(list)
         for seed in range(options.seeds):
-            runs = three_runs(data, make, options.steps, options.flops, seed)
+            runs = runs_from_the_middle(data, make, options.steps, options.flops, seed)
             unpruned = runs["unpruned"][0]
             found[optimizer].append(
                 {
@@ -208,8 +233,8 @@ def main() -> None:
             for arm, (losses, _) in runs.items():
                 curves[optimizer][arm].append(losses)
     print(table(found))
-    print(wins(found))
-    plot(curves, at, options.plot)
+    print(wins(found, options.flops))
+    plot(curves, options.flops, at, options.plot)
 
 
 if __name__ == "__main__":
