@@ -52,7 +52,7 @@ from fxprune.iterative import prune_iteratively
 from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
-from fxprune.planning import Optimal, PlanDiff, PruningPlan, compose, diff_plans, plan
+from fxprune.planning import Optimal, PlanDiff, PruningPlan, compose, diff_plans
 from fxprune.recovery import (
     HGSR,
     LASSO,
@@ -78,6 +78,7 @@ from fxprune.recovery import (
 )
 from fxprune.rewrite import rewrite
 from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
+from fxprune.timed import plan
 from fxprune.verify import Verdict, verify
 from fxprune.version import __version__ as __version__
 
