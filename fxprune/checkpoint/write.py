@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fxprune.checkpoint.read import Stored
+from fxprune.errors import ArtifactError
 
 Chunk = torch.Tensor | bytes
 
@@ -27,7 +28,7 @@ def write_tensors(
         metadata: texts to carry along.
 
     Raises:
-        ValueError: a tensor has another size than its entry says.
+        ArtifactError: a tensor has another size than its entry says.
     """
     # Wide elements first, as the library does, so that all of them are aligned.
     order = sorted(entries, key=lambda name: (-_width(entries[name]), name))
@@ -45,7 +46,8 @@ def write_tensors(
         for name in order:
             written = sum(opened.write(_bytes(chunk)) for chunk in read(name))
             if written != entries[name].size:
-                raise ValueError(f"{name} has {written} bytes, not {entries[name].size}")
+                size = entries[name].size
+                raise ArtifactError(f"{name} has {written} bytes, and {size} were to be written")
         opened.flush()
         os.fsync(opened.fileno())
 

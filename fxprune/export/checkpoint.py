@@ -43,15 +43,17 @@ def slim_checkpoint(source: Checkpoint, plan: PruningPlan, out: Path, other_weig
         raise ArtifactError(f"{source.path} becomes a {kind}; {out} does not say so")
     check_sizes(plan, {name: stored.shape for name, stored in source.stored.items()})
     check = WeightCheck(plan, other_weights)
+    # Parents that are missing are made last, so that a failure leaves none of them.
+    beside = next(folder for folder in out.absolute().parents if folder.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside))
     except OSError as error:
-        raise ArtifactError(f"cannot write to {out.parent}: {error}") from error
+        raise ArtifactError(f"cannot write to {beside}: {error}") from error
     try:
         with _progress(source) as bar:
             sizes = _write_shards(source, plan, scratch, check, bar)
         check.done()
+        out.parent.mkdir(parents=True, exist_ok=True)
         if one:
             (scratch / source.files[0].name).replace(out)
         else:

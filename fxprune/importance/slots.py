@@ -195,7 +195,7 @@ def _in_parts(
     together = any(a.blocks > 1 for a in axes) or _meet(deps, axes)
     whole = together or not deps.tensors[name].is_meta
     n_rows = len(weight) if whole else max(PART * len(weight) // weight.numel(), 1)
-    for part in weight.split(n_rows) if weight.ndim else (weight,):
+    for part in weight.split(n_rows):
         yield part if part.dtype.itemsize >= 4 else part.float()
 
 

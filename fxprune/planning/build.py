@@ -186,6 +186,7 @@ def describe(
         for k, g in enumerate(deps.groups)
     )
     axes = axis_plans(deps, alive)
+    sliced = {axis.name for axis in axes}
     touched = [k for k, g in enumerate(groups) if len(g.kept) < g.width]
     approximate = sorted({n for k in touched for n in deps.groups[k].approximate})
     return PruningPlan(
@@ -197,19 +198,8 @@ def describe(
         axes=axes,
         approximate=tuple(approximate),
         search=dict(search or {}),
-        aliases=_aliases(deps, axes),
+        aliases={n: first for n, first in deps.aliases.items() if first in sliced},
     )
-
-
-def _aliases(deps: DependencyGraph, axes: Iterable[AxisPlan]) -> dict[str, str]:
-    """Further names of the tensors that lose positions: a ``state_dict`` lists all of them."""
-    module, touched = deps.traced.graph_module, {axis.name for axis in axes}
-    first = {id(deps.tensors[name]): name for name in touched}
-    named = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    )
-    return {n: first[id(t)] for n, t in named if id(t) in first and n not in touched}
 
 
 def axis_plans(deps: DependencyGraph, alive: BoolArray) -> tuple[AxisPlan, ...]:
