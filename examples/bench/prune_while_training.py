@@ -25,7 +25,7 @@ import fxprune as fp
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "prune-while-training.md"
 PICTURE = "images/prune-while-training.png"
-SIZE = 64
+SIZE = 64  # images per batch
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=5e-4),
@@ -35,9 +35,9 @@ OPTIMIZERS: dict[str, Make] = {
 
 def network() -> nn.Module:
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2)):
+    for inputs, outputs, stride in ((1, 12, 2), (12, 24, 1), (24, 24, 1), (24, 48, 2)):
         layers += [*conv_bn(inputs, outputs, stride=stride), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
 
 
 class Run:
@@ -181,7 +181,7 @@ def plot(
             fresh, mean = "fresh" in name, torch.tensor(arms[name]).mean(0)
             style = {"ls": ":" if fresh else "-", "lw": 1.2, "label": name}
             style["color"] = f"C{(k - 1) // 2}" if k else "black"
-            if k == 0 or name.startswith(f"{shares[len(shares) // 2]:.0%}"):
+            if k == 0 or name.startswith(f"{shares[-1]:.0%}"):
                 axes[0].plot(range(-60, 150), mean[steps], **style)
             smooth = F.avg_pool1d((mean - unpruned)[None], 5, 1, 2, count_include_pad=False)[0]
             axes[1].plot(range(-60, 150), smooth[steps], **style)
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of training; the cut is half way")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--flops", type=float, nargs="+", default=[0.9, 0.7, 0.5], help="shares of the MACs to keep"
+        "--flops", type=float, nargs="+", default=[1.0, 0.9, 0.6], help="shares of the MACs to keep"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, default=PAGE.parent / PICTURE)

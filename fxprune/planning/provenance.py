@@ -74,8 +74,8 @@ class WeightCheck:
         self._differ: list[str] = []
         if self._refuse and not plan.weights and plan.provenance.get("criterion") is None:
             raise FingerprintError(
-                "the plan does not say by which weights it was made, as plans of older schemas "
-                "do not; other_weights='allow' carries it out on any of the same structure"
+                "the plan does not say by which weights it was made (those of older schemas do "
+                "not); other_weights='allow' carries it out on any of the same structure"
             )
 
     def knows(self, name: str) -> bool:
