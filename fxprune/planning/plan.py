@@ -135,8 +135,7 @@ class PruningPlan:
             PlanError: the text is no plan, or one of a newer schema.
         """
         try:
-            data = json.loads(text)
-            _check_schema(data)
+            data = _of_this_schema(json.loads(text))
             return cls(
                 fingerprint=str(data["fingerprint"]),
                 requested=dict(data["requested"]),
@@ -146,9 +145,9 @@ class PruningPlan:
                 axes=tuple(AxisPlan(**_read(a)) for a in data["axes"]),
                 approximate=tuple(data["approximate"]),
                 search=_numbers(data["search"]),
-                weights=_texts(data.get("weights", {})),
-                provenance=dict(data.get("provenance", {})),
-                aliases=_texts(data.get("aliases", {})),
+                weights=_texts(data["weights"]),
+                provenance=dict(data["provenance"]),
+                aliases=_texts(data["aliases"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
@@ -210,9 +209,9 @@ def _texts(data: dict[str, Any]) -> dict[str, str]:
     return dict(data)
 
 
-def _check_schema(data: dict[str, Any]) -> None:
+def _of_this_schema(data: dict[str, Any]) -> dict[str, Any]:
     if data["format"] == _FIRST_FORMAT:
-        return
+        return {**data, "weights": {}, "provenance": {}, "aliases": {}}
     version = data.get("version")
     if data["format"] != FORMAT or isinstance(version, bool) or not isinstance(version, int):
         raise PlanError(f"this is no {FORMAT} file: it says {data['format']!r} {version!r}")
@@ -221,6 +220,7 @@ def _check_schema(data: dict[str, Any]) -> None:
             f"the plan has schema version {version}, and fxprune {__version__} reads versions "
             f"up to {VERSION}; it was written by a newer fxprune, which can read it"
         )
+    return data
 
 
 def _lines(key: str, value: Any) -> str:
