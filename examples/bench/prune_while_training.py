@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 import fxprune as fp
 
-PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "prune-while-training.md"
-PICTURE = "images/prune-while-training.png"
+IMAGES = Path(__file__).parents[2] / "docs" / "explanation" / "images"
 SIZE = 64  # images per batch
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -33,11 +32,23 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-def network() -> nn.Module:
+def convolutions() -> nn.Module:
+    """Four convolutions, each with a batch norm."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 12, 2), (12, 24, 1), (24, 24, 1), (24, 48, 2)):
         layers += [*conv_bn(inputs, outputs, stride=stride), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
+
+
+def mlp() -> nn.Module:
+    """Four linear layers, no normalisation."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in ((196, 256), (256, 128), (128, 64)):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+NETWORKS = {"convolutions": convolutions, "mlp": mlp}
 
 
 class Run:
@@ -79,13 +90,18 @@ class Run:
 
 
 def runs_from_the_middle(
-    data: Fashion, make: Make, steps: int, shares: Sequence[float], seed: int
+    data: Fashion,
+    build: Callable[[], nn.Module],
+    make: Make,
+    steps: int,
+    shares: Sequence[float],
+    seed: int,
 ) -> dict[str, tuple[list[float], float]]:
     """Losses of all steps and accuracy at the end, by what was done half way."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = [b for _ in range(99) for b in batches(len(data.train_images), SIZE, generator)][:steps]
-    run = Run(network().train(), make, steps)
+    run = Run(build().train(), make, steps)
     for chosen in order[: steps // 2]:
         run.learn(data.train_images[chosen], data.train_classes[chosen])
     runs = {"unpruned": copy.deepcopy(run)}
@@ -203,13 +219,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", metavar="DIR", help="folder with the files of the data set")
+    parser.add_argument("--net", choices=NETWORKS, default="convolutions")
     parser.add_argument("--steps", type=int, default=600, help="of training; the cut is half way")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--flops", type=float, nargs="+", default=[1.0, 0.9, 0.6], help="shares of the MACs to keep"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--plot", type=Path, default=PAGE.parent / PICTURE)
+    parser.add_argument("--plot", type=Path, help="picture to draw (default: of the docs)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data, at = load(options.data), options.steps // 2
@@ -222,7 +239,9 @@ def main() -> None:
     for optimizer, make in OPTIMIZERS.items():
         found[optimizer], curves[optimizer] = [], defaultdict(list)
         for seed in range(options.seeds):
-            runs = runs_from_the_middle(data, make, options.steps, options.flops, seed)
+            runs = runs_from_the_middle(
+                data, NETWORKS[options.net], make, options.steps, options.flops, seed
+            )
             unpruned = runs["unpruned"][0]
             found[optimizer].append(
                 {
@@ -234,7 +253,8 @@ def main() -> None:
                 curves[optimizer][arm].append(losses)
     print(table(found))
     print(wins(found, options.flops))
-    plot(curves, options.flops, at, options.plot)
+    picture = options.plot or IMAGES / f"prune-while-training-{options.net}.png"
+    plot(curves, options.flops, at, picture)
 
 
 if __name__ == "__main__":
