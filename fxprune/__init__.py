@@ -11,6 +11,7 @@ True
 
 from fxprune.api import ChannelPruning, PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
+from fxprune.checkpoint import Checkpoint
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
     ArgumentError,
@@ -22,12 +23,13 @@ from fxprune.errors import (
     FingerprintError,
     FxpruneError,
     NonFiniteError,
+    OtherWeightsWarning,
     PlanError,
     Refusal,
     RewriteError,
     VerificationError,
 )
-from fxprune.export import apply_plan, load, save
+from fxprune.export import apply_plan, broadcast_plan, load, prune_ema, prune_optimizer, save
 from fxprune.importance import (
     CPMC,
     FPGM,
@@ -50,7 +52,7 @@ from fxprune.iterative import prune_iteratively
 from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
-from fxprune.planning import Optimal, PruningPlan
+from fxprune.planning import Optimal, PlanDiff, PruningPlan, compose, diff_plans
 from fxprune.recovery import (
     HGSR,
     LASSO,
@@ -78,8 +80,7 @@ from fxprune.rewrite import rewrite
 from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
 from fxprune.timed import plan
 from fxprune.verify import Verdict, verify
-
-__version__ = "0.1.0"
+from fxprune.version import __version__ as __version__
 
 __all__ = [
     "CIE",
@@ -98,6 +99,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "ChannelPruning",
+    "Checkpoint",
     "Curve",
     "DependencyGraph",
     "DependencySparsity",
@@ -124,6 +126,8 @@ __all__ = [
     "NonFiniteError",
     "Normalised",
     "Optimal",
+    "OtherWeightsWarning",
+    "PlanDiff",
     "PlanError",
     "PruneResult",
     "PruningPlan",
@@ -140,9 +144,12 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply_plan",
+    "broadcast_plan",
     "collect_evidence",
+    "compose",
     "decompose_channels",
     "decompose_spatial",
+    "diff_plans",
     "factorize_linear",
     "finetune",
     "latency_ratio",
@@ -150,7 +157,9 @@ __all__ = [
     "measure_latency",
     "plan",
     "prune",
+    "prune_ema",
     "prune_iteratively",
+    "prune_optimizer",
     "recalibrate",
     "reconstruct",
     "register_rule",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fxprune.cli import sensitivity
+from fxprune.cli import plans, sensitivity
 
 MODELS = """\
 MODEL is one of
@@ -17,6 +17,8 @@ examples
   fxprune prune torchvision/resnet18 --flops 50% --out slim
   fxprune verify slim --against torchvision/resnet18
   fxprune bench slim --against torchvision/resnet18
+  fxprune apply plan.json model.safetensors --out slim.safetensors
+  fxprune diff plan.json other.json
 """
 _EXIT_STATUS = """\
 exit status
@@ -81,6 +83,15 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--against", metavar="MODEL", required=True, help="the original")
     _add_bench_options(bench)
     _add_model_options(bench)
+
+    apply = _command(commands, "apply", "carry a plan out on a checkpoint, tensor by tensor")
+    compose = _command(commands, "compose", "make one plan of several that followed each other")
+    diff = _command(commands, "diff", "show what two plans keep differently")
+    for command, name in ((apply, "apply"), (compose, "compose"), (diff, "diff")):
+        plans.add_options(name, command)
+    _add_model_options(compose)
+    _add_report_options(apply)
+    _add_report_options(diff)
     return root
 
 
@@ -211,6 +222,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="let a saved model use the code of an installed package; repeatable",
     )
+    _add_report_options(command)
+
+
+def _add_report_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
 
