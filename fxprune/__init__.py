@@ -19,6 +19,7 @@ from fxprune.errors import (
     CaptureError,
     EvaluationError,
     ExampleInputError,
+    ExportError,
     FingerprintError,
     FxpruneError,
     NonFiniteError,
@@ -27,7 +28,7 @@ from fxprune.errors import (
     RewriteError,
     VerificationError,
 )
-from fxprune.export import apply_plan, load, save
+from fxprune.export import Exported, apply_plan, export, load, save
 from fxprune.importance import (
     CPMC,
     FPGM,
@@ -105,6 +106,8 @@ __all__ = [
     "EvaluationError",
     "Evidence",
     "ExampleInputError",
+    "ExportError",
+    "Exported",
     "FeatureMatching",
     "FinetuneResult",
     "FingerprintError",
@@ -142,6 +145,7 @@ __all__ = [
     "collect_evidence",
     "decompose_channels",
     "decompose_spatial",
+    "export",
     "factorize_linear",
     "finetune",
     "latency_ratio",

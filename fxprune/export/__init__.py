@@ -1,6 +1,7 @@
 """Artifacts: what a slim model is written to and read back from, and plans applied elsewhere."""
 
 from fxprune.export.inplace import apply_plan
+from fxprune.export.runtimes import Exported, export
 from fxprune.export.save import load, save
 
-__all__ = ["apply_plan", "load", "save"]
+__all__ = ["Exported", "apply_plan", "export", "load", "save"]

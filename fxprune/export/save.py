@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.errors import ArtifactError
 from fxprune.export.modules import describe_modules, rebuild_modules
@@ -128,6 +128,25 @@ def read_inputs(path: str | os.PathLike[str]) -> tuple[Tensor | Any, ...] | None
         return tuple(_read_input(item) for item in recorded)
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{Path(path) / GRAPH_FILE} is damaged: inputs: {error}") from error
+
+
+def recorded_inputs(model: nn.Module, seed: int = 0) -> tuple[Any, ...] | None:
+    """Random inputs like those that a model which :func:`load` gave was pruned with, or None."""
+    recorded = getattr(model, "meta", {}).get(_INPUTS_META)
+    if recorded is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(random_like(_read_input(item), generator) for item in recorded)
+
+
+def random_like(value: Any, generator: torch.Generator) -> Any:
+    """A tensor with random values in the place of one without; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    # 0 and 1 are valid, whatever an integer input counts.
+    return torch.randint(0, 2, value.shape, generator=generator).to(value.dtype)
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
