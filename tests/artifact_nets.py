@@ -128,10 +128,20 @@ def flags(module):
 
 
 def edit(folder, change):
-    """Apply ``change`` to the parsed description in a saved folder."""
+    """Apply ``change`` to the parsed description in a saved folder, as somebody who means it."""
     file = folder / "graph.json"
     document = json.loads(file.read_text())
     file.write_text(json.dumps(change(document) or document))
+    unlist(file)
+
+
+def unlist(file):
+    """Have a changed file of a saved folder looked at, rather than refused as changed."""
+    sums = file.parent / "SHA256SUMS"
+    lines = [
+        line for line in sums.read_text().splitlines(True) if not line.endswith(f"{file.name}\n")
+    ]
+    sums.write_text("".join(lines))
 
 
 def first_node(document, op):

@@ -20,7 +20,8 @@ from fxprune.cli.models import build, example_inputs, recorded_inputs
 from fxprune.cli.options import CALIBRATED, CRITERIA
 from fxprune.cli.sensitivity import scanned
 from fxprune.errors import ArgumentError, ExportError
-from fxprune.export.save import PLAN_FILE, check_target
+from fxprune.export.folder import PLAN_FILE
+from fxprune.export.save import check_target
 from fxprune.latency.bench import bench
 from fxprune.latency.setting import usable_device
 from fxprune.planning.request import COSTS

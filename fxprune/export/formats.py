@@ -4,13 +4,13 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -125,13 +125,25 @@ def _write_onnx(source: Source, file: Path) -> str:
             "or a smaller dtype"
         )
     onnx: Any = importlib.import_module("onnx")
+    program, fixed = _onnx_program(source)
+    program.save(str(file), external_data=False)
+    onnx.checker.check_model(str(file), full_check=True)
+    return fixed
+
+
+def _onnx_program(source: Source) -> tuple[Any, str]:
+    """The program in ONNX, and why it takes one batch size only: ONNX may need that by itself."""
     try:
         program = to_onnx(source.program, _output_names(source.program))
     except Exception as error:
-        raise ExportError(_onnx_problem(error)) from error
-    program.save(str(file), external_data=False)
-    onnx.checker.check_model(str(file), full_check=True)
-    return source.exported.fixed
+        problem = _onnx_problem(error)
+        if source.exported.fixed or "no word for" in problem:
+            raise ExportError(problem) from error
+        try:
+            return _onnx_program(replace(source, free_batch=False))[0], problem
+        except ExportError as again:
+            raise again from error
+    return program, source.exported.fixed
 
 
 def _onnx_problem(error: BaseException) -> str:
@@ -144,7 +156,8 @@ def _onnx_problem(error: BaseException) -> str:
             "or use pt2"
         )
     where = f" at {names}" if names else ""
-    return f"onnx: the exporter fails{where}: {first_line(error)}; pt2 may work"
+    *_, cause = _chain(error)
+    return f"onnx: the exporter fails{where}: {cause.strip().partition(chr(10))[0]}; pt2 may work"
 
 
 _OPERATOR = re.compile(r"<OpOverload\(op='([\w.:]+)', overload='\w+'\)>")
@@ -208,9 +221,29 @@ def _is_plain(source: Source) -> bool:
     return not source.inputs.kwargs and all(isinstance(value, Tensor) for value in values)
 
 
+_SIZED: dict[Any, str] = {
+    torch.ops.aten.sym_size.int: "size",
+    torch.ops.aten.view.default: "view",
+    torch.ops.aten.reshape.default: "reshape",
+    torch.ops.aten.expand.default: "expand",
+    torch.ops.aten.repeat.default: "repeat",
+}
+
+
+def _with_size_methods(model: fx.GraphModule) -> fx.GraphModule:
+    """The same model, whose sizes a trace can follow: for operators they are plain numbers."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _SIZED:
+            node.op, node.target = "call_method", _SIZED[node.target]
+    return fx.GraphModule(model, graph)
+
+
 def _write_torchscript(source: Source, file: Path) -> str | None:
-    inputs = source.inputs
-    model = source.model if _is_plain(source) else _OfTensors(source.model, inputs)
+    inputs, model = source.inputs, source.model
+    model = _with_size_methods(model) if isinstance(model, fx.GraphModule) else model
+    model = model if _is_plain(source) else _OfTensors(model, inputs)
     tensors = tuple(tensors_of((inputs.args, inputs.kwargs)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated; its consumers are not gone

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import BoundInputs, bind_inputs
-from fxprune.capture.program import first_line, is_batched, with_one_more
+from fxprune.capture.program import is_batched, with_one_more
 from fxprune.errors import ArgumentError, ArtifactError, ExampleInputError, ExportError
 from fxprune.export.formats import FORMATS, Call, Format, Source
 from fxprune.export.save import recorded_inputs
@@ -177,7 +177,10 @@ def _step(what: str, step: Any) -> Any:
     except (ExportError, ArgumentError, OSError):
         raise
     except Exception as error:  # any code of any runtime
-        raise ExportError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+        # TorchScript says what went wrong in the last line, others in the first.
+        lines = str(error).strip().splitlines() or [""]
+        said = lines[-1 if "TorchScript interpreter" in lines[0] else 0]
+        raise ExportError(f"{what}: {type(error).__name__}: {said}") from error
 
 
 def _compared(

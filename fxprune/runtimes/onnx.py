@@ -1,8 +1,10 @@
 """Exported programs as ONNX files, and ONNX files in ONNX Runtime."""
 
+import contextlib
 import importlib
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,28 @@ def to_onnx(program: ExportedProgram, output_names: Sequence[str] | None = None)
     Raises:
         Exception: whatever the exporter raises, for example on an operator that ONNX lacks.
     """
+    given: dict[str, Any] = {"dynamo": True, "verbose": False, "output_names": output_names}
+    with _quietly():
+        try:
+            return torch.onnx.export(program, **given)
+        except Exception:  # its optimizer stumbles over graphs that ONNX Runtime can run
+            return torch.onnx.export(program, **given, optimize=False)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's remarks on its own parts."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's remarks on its own parts
-        return torch.onnx.export(program, dynamo=True, verbose=False, output_names=output_names)
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def session(file: Path, *, cuda: bool = False) -> Callable[[list[Tensor]], list[Tensor]]:
