@@ -19,7 +19,7 @@ NETS = [
     ("depthwise_separable", "auto"),
     ("fused_attention", "auto"),
     ("encoder_layer", "export"),
-    ("two_inputs", "auto"),
+    ("two_positional", "auto"),
     ("many_outputs", "auto"),
 ]
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -121,7 +121,7 @@ class Named(nn.Module):
     def forward(self, ids, *, scale: float = 2.0, mask=None):
         x = self.b(self.a(ids).relu()) * scale
         x = x if mask is None else x * mask
-        return {"logits": x, "rows": x.shape[0], "pair": (x.sum(1), [x.amax()])}
+        return {"logits": x, "rows": x.shape[0], "pair": (x.sum(1), [x.max()])}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -169,11 +169,11 @@ def test_a_file_is_replaced_only_when_asked(tmp_path):
 
 
 def test_a_saved_model_is_exported_with_inputs_like_those_recorded(tmp_path):
-    result = pruned("two_inputs")
+    result = pruned("two_positional")
     loaded = fp.load(fp.save(result, tmp_path / "slim"))
     found = fp.export(loaded, tmp_path / "model.pt2")
     assert found.batch is None
-    check_file(found.file, result, "two_inputs", "pt2")
+    check_file(found.file, result, "two_positional", "pt2")
 
 
 # What is refused
@@ -231,6 +231,17 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     with pytest.raises(fp.ExportError, match=r"ONNX has no word for fxprune_zoo\.rotate_pairs"):
         fp.export(result, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Largest(nn.Module):
+    def forward(self, x):
+        return x.amax()
+
+
+def test_an_operator_that_the_onnx_exporter_stumbles_over_is_named(tmp_path):
+    onnx.check_onnx()
+    with pytest.raises(fp.ExportError, match=r"the exporter fails at aten\.amax\.default: "):
+        fp.export(Largest(), tmp_path / "m.onnx", inputs=torch.randn(2, 3), free_batch=False)
 
 
 class ForTwo(nn.Module):

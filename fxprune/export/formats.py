@@ -157,11 +157,13 @@ def _onnx_problem(error: BaseException) -> str:
         )
     where = f" at {names}" if names else ""
     *_, cause = _chain(error)
-    return f"onnx: the exporter fails{where}: {cause.strip().partition(chr(10))[0]}; pt2 may work"
+    said = cause.strip().partition("\n")[0]
+    said = said if len(said) <= 200 else f"{said[:197]}..."
+    return f"onnx: the exporter fails{where}: {said}; pt2 may work"
 
 
-_OPERATOR = re.compile(r"<OpOverload\(op='([\w.:]+)', overload='\w+'\)>")
-_LACKING = re.compile(r"No ONNX function found for " + _OPERATOR.pattern)
+_OPERATOR = re.compile(r"call_function\[target=torch\.ops\.([\w.]+)\]")
+_LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'")
 
 
 def _chain(error: BaseException | None) -> Iterator[str]:

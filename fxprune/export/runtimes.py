@@ -188,7 +188,10 @@ def _compared(
 ) -> float:
     """How far a runtime is off on some inputs, as a share of the output's scale."""
     batch = _batch(BoundInputs(args, kwargs, (), {}))
-    expected = source.model(*_copied(args), **_copied(kwargs))
+    expected = _step(
+        f"the model itself fails on a batch of {batch}",
+        lambda: source.model(*_copied(args), **_copied(kwargs)),
+    )
     actual = _step(
         f"{name}: fails on a batch of {batch}", lambda: call(_copied(args), _copied(kwargs))
     )
