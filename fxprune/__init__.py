@@ -77,6 +77,7 @@ from fxprune.recovery import (
 )
 from fxprune.rewrite import rewrite
 from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
+from fxprune.sharing import share_weights
 from fxprune.verify import Verdict, verify
 
 __version__ = "0.1.0"
@@ -162,6 +163,7 @@ __all__ = [
     "rules",
     "save",
     "sensitivity",
+    "share_weights",
     "trace",
     "verify",
 ]

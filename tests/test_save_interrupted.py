@@ -69,12 +69,7 @@ def kill_savers(target):
 def test_killed_while_saving_leaves_one_whole_model(tmp_path):
     # In a process of its own: pytest has threads, which do not survive a fork.
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from tests.test_save_interrupted import main; main(sys.argv[1])",
-            str(tmp_path / "slim"),
-        ],
+        [sys.executable, "-m", "tests.test_save_interrupted", str(tmp_path / "slim")],
         capture_output=True,
         text=True,
         check=False,
