@@ -28,7 +28,7 @@ from fxprune.errors import (
     RewriteError,
     VerificationError,
 )
-from fxprune.export import Exported, apply_plan, export, load, save
+from fxprune.export import Exported, apply_plan, export, load, save, timm_shapes
 from fxprune.importance import (
     CPMC,
     FPGM,
@@ -164,6 +164,7 @@ __all__ = [
     "save",
     "sensitivity",
     "share_weights",
+    "timm_shapes",
     "trace",
     "verify",
 ]

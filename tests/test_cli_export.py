@@ -87,4 +87,4 @@ def test_files_are_replaced_only_with_force(slim, capsys):
 def test_an_unknown_format_is_refused_with_those_that_there_are(slim, capsys):
     with pytest.raises(SystemExit):
         main(["export", "slim", "--format", "pt2,tflite"])
-    assert "choose from pt2, onnx, torchscript, aoti, compile" in capsys.readouterr().err
+    assert "choose from pt2, onnx, torchscript, aoti, node-data, compile" in capsys.readouterr().err

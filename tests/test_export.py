@@ -281,7 +281,7 @@ class ByValue(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"path": "m.tflite"}, fp.ArgumentError, "one of pt2, onnx, torchscript, aoti, compile"),
+        ({"path": "m.tflite"}, fp.ArgumentError, "one of pt2, onnx, torchscript, aoti, node-data, compile"),
         ({"path": None, "format": "pt2"}, fp.ArgumentError, "needs a path"),
         ({"path": "m", "format": "compile"}, fp.ArgumentError, "writes no file"),
         ({"path": "no/such/m.pt2"}, fp.ArtifactError, "not a folder"),

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 import fxprune as fp
 from fxprune.errors import FxpruneError
+from fxprune.export.folder import PLAN_FILE
 from fxprune.export.formats import FORMATS
 
 _BATCH = {None: None, "free": True, "fixed": False}
@@ -23,6 +24,8 @@ def written(
 ) -> tuple[list[fp.Exported], list[str]]:
     """Every format that was asked for: what was written, and what went wrong."""
     name = options.name or re.sub(r"\W+", "-", Path(options.model.rpartition(":")[2]).name)
+    file = Path(options.model) / PLAN_FILE
+    plan = fp.PruningPlan.load(file) if file.exists() else None
     done, problems = [], []
     for chosen in options.format:
         suffix = FORMATS[chosen].suffix
@@ -35,6 +38,7 @@ def written(
                 inputs=inputs,
                 check=options.check,
                 free_batch=_BATCH[options.batch],
+                plan=plan,
                 overwrite=options.force,
             )
         except FxpruneError as error:

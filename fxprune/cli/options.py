@@ -39,7 +39,7 @@ CRITERIA = {
     "bn-scale": "BatchNormScale",
     "random": "Random",
 }
-FORMATS = ("pt2", "onnx", "torchscript", "aoti", "compile")
+FORMATS = ("pt2", "onnx", "torchscript", "aoti", "node-data", "compile")
 CALIBRATED = {"apoz": "APoZ", "mean-response": "MeanResponse", "hrank": "HRank"}
 
 

@@ -3,5 +3,6 @@
 from fxprune.export.inplace import apply_plan
 from fxprune.export.runtimes import Exported, export
 from fxprune.export.save import load, save
+from fxprune.export.timm import timm_shapes
 
-__all__ = ["Exported", "apply_plan", "export", "load", "save"]
+__all__ = ["Exported", "apply_plan", "export", "load", "save", "timm_shapes"]

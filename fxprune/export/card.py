@@ -1,5 +1,6 @@
 """The card of a saved model: what it is, its numbers, and how it is loaded, as Markdown."""
 
+import json
 from typing import Any
 
 from tabulate import tabulate
@@ -45,6 +46,17 @@ def card(module: fx.GraphModule, result: Any, trust: list[str]) -> str:
     trusted = f", trust={tuple(trust)!r}" if trust else ""
     plan = ", and `plan.json` what was kept of the original" if result is not None else ""
     return text + _LOAD.format(trust=trusted, plan=plan)
+
+
+def config(module: fx.GraphModule, inputs: Any) -> str:
+    """The text of ``config.json``: what model hubs look for in a repository."""
+    data = {
+        "library_name": "fxprune",
+        "architectures": [type(module).__name__],
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "inputs": inputs,
+    }
+    return json.dumps(data, indent=1) + "\n"
 
 
 def _numbers(result: Any) -> str:

@@ -13,8 +13,11 @@ WEIGHTS_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
 CODE_FILE = "model.py"
 CARD_FILE = "README.md"
+CONFIG_FILE = "config.json"
 SUMS_FILE = "SHA256SUMS"
-FILES = frozenset((GRAPH_FILE, WEIGHTS_FILE, PLAN_FILE, CODE_FILE, CARD_FILE, SUMS_FILE))
+FILES = frozenset(
+    (GRAPH_FILE, WEIGHTS_FILE, PLAN_FILE, CODE_FILE, CARD_FILE, CONFIG_FILE, SUMS_FILE)
+)
 _SUMMED = FILES - {CARD_FILE, SUMS_FILE}  # a card is there to be added to
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")

@@ -18,6 +18,8 @@ from fxprune.capture.inputs import BoundInputs
 from fxprune.capture.program import Program, exported_program, first_line
 from fxprune.capture.record import tensors_of
 from fxprune.errors import ExampleInputError, ExportError
+from fxprune.export.kept import mark_onnx, node_data
+from fxprune.planning import PruningPlan
 from fxprune.runtimes.compiled import check_compiler, compiled
 from fxprune.runtimes.onnx import check_onnx, session, to_onnx
 
@@ -34,11 +36,13 @@ class Source:
         model: the model, in evaluation mode.
         inputs: its example inputs.
         free_batch: whether to leave the batch size free where the model allows it.
+        plan: what the model keeps of its original, if that is known.
     """
 
     model: nn.Module
     inputs: BoundInputs
     free_batch: bool
+    plan: PruningPlan | None = None
 
     @cached_property
     def exported(self) -> Program:
@@ -94,13 +98,14 @@ class Format:
         needs: refuses to go on where something it needs is not installed.
         write: writes a source to a file, and gives the reason why that takes one batch size only,
             ``""`` if it takes any, or None if only a trial can tell.
-        read: a call that runs the file, or the source where there is no file.
+        read: a call that runs the file, or the source where there is no file; None for files that
+            nothing runs.
     """
 
     suffix: str
     needs: Callable[[Source], None]
     write: Callable[[Source, Path], str | None]
-    read: Callable[[Source, Path], Call]
+    read: Callable[[Source, Path], Call] | None
 
 
 def _nothing(source: Source) -> None:
@@ -126,6 +131,8 @@ def _write_onnx(source: Source, file: Path) -> str:
         )
     onnx: Any = importlib.import_module("onnx")
     program, fixed = _onnx_program(source)
+    if source.plan is not None:
+        mark_onnx(program.model, source.plan, source.program.state_dict)
     program.save(str(file), external_data=False)
     onnx.checker.check_model(str(file), full_check=True)
     return fixed
@@ -281,6 +288,16 @@ def _read_compiled(source: Source, file: Path) -> Call:
     return lambda args, kwargs: function(*args, **kwargs)
 
 
+def _write_node_data(source: Source, file: Path) -> str | None:
+    if source.plan is None:
+        raise ExportError(
+            "node-data: nothing says what was kept; export a result of prune() or a folder with "
+            "its plan, or give plan="
+        )
+    file.write_text(node_data(source.program, source.plan), encoding="utf-8")
+    return source.exported.fixed
+
+
 def _compiler(source: Source) -> None:
     if source.on_cpu:
         check_compiler("torch.compile")
@@ -291,5 +308,6 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", lambda _: check_onnx(), _write_onnx, _read_onnx),
     "torchscript": Format(".pt", _nothing, _write_torchscript, _read_torchscript),
     "aoti": Format(".aoti.pt2", _compiler, _write_aoti, _read_aoti),
+    "node-data": Format(".kept.json", _nothing, _write_node_data, None),
     "compile": Format("", _compiler, _write_nothing, _read_compiled),
 }

@@ -16,6 +16,7 @@ from fxprune.capture.program import is_batched, with_one_more
 from fxprune.errors import ArgumentError, ArtifactError, ExampleInputError, ExportError
 from fxprune.export.formats import FORMATS, Call, Format, Source
 from fxprune.export.save import recorded_inputs
+from fxprune.planning import PruningPlan
 from fxprune.runtimes.ready import ready
 from fxprune.verify.compare import TOLERANCES, precision
 from fxprune.verify.guard import Guard, doubled, guarding
@@ -54,6 +55,7 @@ def export(
     inputs: Any = None,
     check: bool = True,
     free_batch: bool | None = None,
+    plan: PruningPlan | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write a model for another runtime, run the file there, and compare.
@@ -66,13 +68,17 @@ def export(
         model: a ``PruneResult``, what ``load`` gave, or any module.
         path: file to write; None for ``compile``, which has none.
         format: ``pt2`` (``torch.export``), ``onnx``, ``torchscript`` (a trace), ``aoti`` (compiled
-            ahead of time) or ``compile`` (``torch.compile``, checked only). By default what the
-            suffix says: ``.pt2``, ``.onnx``, ``.pt``, ``.aoti.pt2``.
+            ahead of time), ``node-data`` (for Model Explorer: which share of its channels every
+            node of the ``pt2`` file keeps) or ``compile`` (``torch.compile``, checked only). By
+            default what the suffix says: ``.pt2``, ``.onnx``, ``.pt``, ``.aoti.pt2``,
+            ``.kept.json``.
         inputs: example inputs as for ``trace``. Results have their own; what ``load`` gave gets
             random ones of the recorded shapes.
         check: run the file and compare.
         free_batch: True insists on any batch size, False on that of the inputs; None takes any
             where the model and the format allow it.
+        plan: what the model keeps of its original; results have their own. ONNX files say it at
+            every node, where Netron shows it.
         overwrite: replace a file.
 
     Raises:
@@ -83,7 +89,8 @@ def export(
     """
     name, chosen, target = _chosen(format, path, overwrite=overwrite)
     module, given = _module_and_inputs(model, inputs)
-    source = Source(module, bind_inputs(module, given), free_batch is not False)
+    plan = getattr(model, "plan", None) if plan is None else plan
+    source = Source(module, bind_inputs(module, given), free_batch is not False, plan)
     chosen.needs(source)
     with ready(module, given), torch.no_grad():
         _ = source.output  # refuses inputs that the model does not run on
@@ -154,8 +161,9 @@ def _tried(
     """Write, read back and compare."""
     fixed = _step(f"{name}: cannot be written", lambda: chosen.write(source, file))
     error = None
-    if check:
-        call = _step(f"{name}: cannot be read back", lambda: chosen.read(source, file))
+    read = chosen.read
+    if check and read is not None:
+        call = _step(f"{name}: cannot be read back", lambda: read(source, file))
         error = _compared(name, source, call, source.inputs.args, source.inputs.kwargs)
         try:
             others = [] if fixed else list(_other_batches(source.inputs))

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from fxprune.errors import ArtifactError
-from fxprune.export.card import card
+from fxprune.export.card import card, config
 from fxprune.export.code import run_source, source_of
 from fxprune.export.folder import (
     CARD_FILE,
     CODE_FILE,
+    CONFIG_FILE,
     FILES,
     GRAPH_FILE,
     PLAN_FILE,
@@ -72,6 +73,7 @@ def save(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False) -
         GRAPH_FILE: _dumps(document),
         CODE_FILE: source_of(module),
         CARD_FILE: card(module, result, document["trust"]),
+        CONFIG_FILE: config(module, inputs),
     }
     if result is not None:
         texts[PLAN_FILE] = result.plan.to_json()
