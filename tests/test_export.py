@@ -266,6 +266,19 @@ def test_a_fixed_batch_size_is_reported_or_refused(format, tmp_path):
     assert (free.batch, free.why) == (2, "it was asked for")
 
 
+class TwoRows(nn.Module):
+    def forward(self, x):
+        return x.view(2, -1)
+
+
+def test_a_program_that_guards_against_the_batch_size_of_the_example_is_written_for_that(tmp_path):
+    x = torch.randn(2, 3, 4)
+    found = fp.export(TwoRows(), tmp_path / "model.pt2", inputs=x)
+    assert (found.batch, found.error) == (2, 0)
+    assert "fails on a batch of 2" in found.why
+    assert torch.equal(torch.export.load(found.file).module()(x), x.view(2, -1))
+
+
 def test_an_operator_that_onnx_knows_for_one_batch_size_only_fixes_it(tmp_path):
     onnx.check_onnx()
     found = fp.export(pruned("dynamic_conv"), tmp_path / "model.onnx")
@@ -281,7 +294,11 @@ class ByValue(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"path": "m.tflite"}, fp.ArgumentError, "one of pt2, onnx, torchscript, aoti, node-data, compile"),
+        (
+            {"path": "m.tflite"},
+            fp.ArgumentError,
+            "one of pt2, onnx, torchscript, aoti, node-data, compile",
+        ),
         ({"path": None, "format": "pt2"}, fp.ArgumentError, "needs a path"),
         ({"path": "m", "format": "compile"}, fp.ArgumentError, "writes no file"),
         ({"path": "no/such/m.pt2"}, fp.ArtifactError, "not a folder"),

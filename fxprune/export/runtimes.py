@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,29 @@ def _module_and_inputs(model: Any, inputs: Any) -> tuple[nn.Module, Any]:
     return module, given
 
 
+class _DoesNotRunError(ExportError):
+    """A file does not run on some batch."""
+
+
 def _tried(
     name: str, chosen: Format, source: Source, file: Path, *, check: bool, insist: bool
 ) -> Exported:
-    """Write, read back and compare."""
+    """Write, read back and compare; with the batch size of the example where no other works."""
+    try:
+        found = _attempt(name, chosen, source, file, check=check)
+    except _DoesNotRunError as problem:
+        if not source.free_batch:
+            raise
+        fixed = replace(source, free_batch=False)
+        found = replace(_attempt(name, chosen, fixed, file, check=check), why=str(problem))
+    if found.why and insist:
+        raise ExportError(f"{name}: only the batch size of the example works: {found.why}")
+    return found
+
+
+def _attempt(name: str, chosen: Format, source: Source, file: Path, *, check: bool) -> Exported:
     fixed = _step(f"{name}: cannot be written", lambda: chosen.write(source, file))
-    error = None
-    read = chosen.read
+    error, read = None, chosen.read
     if check and read is not None:
         call = _step(f"{name}: cannot be read back", lambda: read(source, file))
         error = _compared(name, source, call, source.inputs.args, source.inputs.kwargs)
@@ -174,12 +190,10 @@ def _tried(
             fixed = str(problem)
     elif fixed is None:
         fixed = "no other was tried"
-    if fixed and insist:
-        raise ExportError(f"{name}: only the batch size of the example works: {fixed}")
     return Exported(name, None, _batch(source.inputs) if fixed else None, fixed or "", error)
 
 
-def _step(what: str, step: Any) -> Any:
+def _step(what: str, step: Callable[[], Any], kind: type[ExportError] = ExportError) -> Any:
     try:
         return step()
     except (ExportError, ArgumentError, OSError):
@@ -188,7 +202,7 @@ def _step(what: str, step: Any) -> Any:
         # TorchScript says what went wrong in the last line, others in the first.
         lines = str(error).strip().splitlines() or [""]
         said = lines[-1 if "TorchScript interpreter" in lines[0] else 0]
-        raise ExportError(f"{what}: {type(error).__name__}: {said}") from error
+        raise kind(f"{what}: {type(error).__name__}: {said}") from error
 
 
 def _compared(
@@ -199,9 +213,12 @@ def _compared(
     expected = _step(
         f"the model itself fails on a batch of {batch}",
         lambda: source.model(*_copied(args), **_copied(kwargs)),
+        _DoesNotRunError,
     )
     actual = _step(
-        f"{name}: fails on a batch of {batch}", lambda: call(_copied(args), _copied(kwargs))
+        f"{name}: fails on a batch of {batch}",
+        lambda: call(_copied(args), _copied(kwargs)),
+        _DoesNotRunError,
     )
     found = _difference(expected, actual)
     if found.ratio > TOLERANCES[precision(source.model)]:
