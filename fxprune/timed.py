@@ -1,13 +1,21 @@
 """Meet a latency budget on the clock: plan by predictions, measure what comes out, correct."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from fxprune import planning
 from fxprune.capture import TracedModel
+from fxprune.coupling import DependencyGraph
 from fxprune.latency import latency_ratio
 from fxprune.planning import PruningPlan
+from fxprune.planning.budget import parse_share
+from fxprune.rewrite import rewrite
+
+Planner = TypeVar("Planner", bound=Callable[..., PruningPlan])
 
 _ROUNDS = 4
 _NEAR = 0.02  # of the goal, below which a measurement is no reason to plan anew
@@ -52,3 +60,24 @@ def on_the_clock(
         share = min(share * goal / ratio, 1.0)
     _, chosen, slim = min(found, key=lambda item: item[0])
     return chosen, slim
+
+
+def corrected(planner: Planner) -> Planner:
+    """The planner, corrected by the clock where it goes by times measured on this device."""
+
+    @functools.wraps(planner)
+    def plan(deps: DependencyGraph, scores: Tensor, **options: Any) -> PruningPlan:
+        def slimmed(share: float) -> tuple[PruningPlan, nn.Module]:
+            chosen = planner(deps, scores, **{**options, "latency": share})
+            return chosen, rewrite(deps.traced, chosen)
+
+        goal = options.get("latency")
+        given = options.get("latency_table") is not None
+        if goal is None or given or deps.traced.frontend == "eager":
+            return planner(deps, scores, **options)
+        return on_the_clock(deps.traced, slimmed, parse_share(goal, "latency"))[0]
+
+    return cast(Planner, plan)
+
+
+plan = corrected(planning.plan)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
 from fxprune.planning.build import describe
-from fxprune.recovery import masking
+from fxprune.recovery import hgsr, masking
 from fxprune.recovery.greedy import last_convolution
 from fxprune.recovery.hgsr import first_samples, plan_of
 from fxprune.recovery.masking import MaskedLoss
@@ -472,23 +472,30 @@ def test_the_recipe_gives_a_compact_network_that_has_learnt_from_scratch() -> No
     assert penalty(result.sparse).item() < penalty(model).item()
 
 
-def test_a_recipe_that_was_stopped_goes_on_and_ends_alike(tmp_path) -> None:
+@pytest.mark.parametrize("step", ["sparse", "scratch", "selection"])
+def test_a_recipe_that_was_stopped_goes_on_and_ends_alike(step, tmp_path, monkeypatch) -> None:
     model, _, x, _ = stripes()
+    before = copy.deepcopy(model.state_dict())
     whole = recipe()(model, x[:2], stripes()[1])
 
     class StopRecipeError(Exception):
         pass
 
-    def stop(network: nn.Module, rate: float) -> None:
+    def stop(*_: object) -> None:
         left.pop()
         if not left:
             raise StopRecipeError
 
-    left = list(range(9))
-    scratch = {"epochs": 6, "lr": 0.05, "after_step": stop}
-    stopped = replace(recipe(folder=tmp_path), scratch=scratch)
+    left = list(range(1 if step == "selection" else 9))
+    stopped = recipe(folder=tmp_path)
+    if step == "selection":
+        monkeypatch.setattr(hgsr, "plan_of", stop)
+    else:
+        stopped = replace(stopped, **{step: dict(getattr(stopped, step), after_step=stop)})
     with pytest.raises(StopRecipeError):
         stopped(model, x[:2], stripes()[1])
+    monkeypatch.undo()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     resumed = recipe(folder=tmp_path)(model, x[:2], stripes()[1])
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -118,28 +118,51 @@ def test_a_latency_that_cannot_be_reached_is_refused(x: Tensor) -> None:
         fp.plan(deps, fp.L1()(deps), latency=0.5, latency_table=table)
 
 
-def test_what_the_slim_model_really_takes_corrects_the_prediction(monkeypatch, x: Tensor) -> None:
-    """On this clock a model takes a constant and its MACs; the table knows nothing of it."""
-    table = Formula({"fine": 1e-4, "coarse": 1e-4})
-    tried = []
+@pytest.fixture
+def measured(monkeypatch) -> list[float]:
+    """Ratios measured by a clock on which a model takes a constant and its MACs.
+
+    The table knows nothing of that.
+    """
+    table, ratios = Formula({"fine": 1e-4, "coarse": 1e-4}), []
 
     def clock(slim: nn.Module, model: nn.Module, inputs: Tensor, *, rounds: int):
         seconds = [1e-3 + 1e-8 * macs(m, inputs) for m in (slim, model)]
-        tried.append(seconds[0] / seconds[1])
-        return tried[-1], *seconds
+        ratios.append(seconds[0] / seconds[1])
+        return ratios[-1], *seconds
 
     monkeypatch.setattr(fxprune.timed, "latency_ratio", clock)
     monkeypatch.setattr(fxprune.planning.request, "measured_table", lambda deps: table)
+    return ratios
+
+
+def test_what_the_slim_model_really_takes_corrects_the_prediction(measured, x: Tensor) -> None:
     model = Two()
     result = fp.prune(model, x, latency=0.75, importance=fp.L1())
     reached = result.plan.reached
-    assert len(tried) > 1
-    assert abs(tried[0] / 0.75 - 1) > 0.02
-    measured = reached["latency_measured"] / reached["latency_measured_before"]
-    assert measured == pytest.approx(0.75, rel=0.02)
-    assert measured == pytest.approx(min(tried, key=lambda r: abs(r - 0.75)))
+    assert len(measured) > 1
+    assert abs(measured[0] / 0.75 - 1) > 0.02
+    ratio = reached["latency_measured"] / reached["latency_measured_before"]
+    assert ratio == pytest.approx(0.75, rel=0.02)
+    assert ratio == pytest.approx(min(measured, key=lambda r: abs(r - 0.75)))
     assert result.plan.requested["latency"] == 0.75
     assert "latency_measured" in result.report()
+
+
+def test_plan_meets_the_measured_latency_too(measured, x: Tensor) -> None:
+    deps = fp.analyze(fp.trace(Two(), x))
+    plan = fp.plan(deps, fp.L1()(deps), latency="75%")
+    slim = fp.rewrite(deps.traced, plan)
+    assert abs(measured[0] / 0.75 - 1) > 0.02
+    ratio = fxprune.timed.latency_ratio(slim, deps.traced.graph_module, x, rounds=1)[0]
+    assert ratio == pytest.approx(0.75, rel=0.02)
+
+
+def test_a_given_table_is_not_questioned(measured, x: Tensor) -> None:
+    deps = fp.analyze(fp.trace(Two(), x))
+    table = Formula({"fine": 1e-4, "coarse": 1e-4})
+    fp.plan(deps, fp.L1()(deps), latency=0.75, latency_table=table)
+    assert not measured
 
 
 def test_steps_share_one_measurement(x: Tensor) -> None:

@@ -112,7 +112,7 @@ def _points(values: Seeds) -> str:
 def verdict(results: Results, keep: float) -> str:
     """Our two defaults beside the best of the peer's criteria, per network and state."""
     best = [f"Torch-Pruning, reads {reads}" for reads in ("nothing", "images and classes")]
-    headers = ["network", "state", *best, *DEFAULTS, "at least as accurate as both"]
+    headers = ["network", "state", *best, *DEFAULTS, "at least as accurate as both", "seeds"]
     lines = []
     for net in NETS:
         for field, name in STATES.items():
@@ -122,14 +122,19 @@ def verdict(results: Results, keep: float) -> str:
 
 
 def _duel(results: Results, net: str, keep: float, field: str) -> list[str] | None:
-    """The best of theirs, both of ours, and which of ours are not worse, on seeds that all have."""
-    measured = {m: s for m in (*DEFAULTS, *THEIRS) if (s := results.seeds(field, net, keep, m))}
-    if not measured.keys() & set(DEFAULTS) or not measured.keys() & set(THEIRS):
+    """The best of theirs, both of ours, which of ours are not worse, and how many seeds count.
+
+    These are the seeds that ``fp.prune`` has; methods that lack one of them take no part.
+    """
+    seeds = set(results.seeds(field, net, keep, DEFAULTS[0]))
+    measured = {
+        m: found
+        for m in (*DEFAULTS, *THEIRS)
+        if (found := results.seeds(field, net, keep, m)) and seeds <= found.keys()
+    }
+    if not seeds or not measured.keys() & set(THEIRS):
         return None
-    shared = set.intersection(*map(set, measured.values()))
-    if not shared:
-        return None
-    means = {m: statistics.fmean(seeds[s] for s in shared) for m, seeds in measured.items()}
+    means = {m: statistics.fmean(found[s] for s in seeds) for m, found in measured.items()}
     blind = [m for m in THEIRS if m in means and CONTENDERS[m].reads == "nothing"]
     seeing = [m for m in THEIRS if m in means and m not in blind]
     best = [max(some, key=means.__getitem__, default="") for some in (blind, seeing)]
@@ -140,6 +145,7 @@ def _duel(results: Results, net: str, keep: float, field: str) -> list[str] | No
         *(f"{means[m]:.1f} {m.removeprefix('TP ')}" if m else "" for m in best),
         *(f"{means[m]:.1f}" if m in means else "" for m in DEFAULTS),
         said.get(wins, "no"),
+        str(len(seeds)),
     ]
 
 

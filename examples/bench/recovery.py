@@ -2,12 +2,13 @@
 
     python examples/bench/recovery.py                      # all networks, 50 % and 30 % of the MACs
     python examples/bench/recovery.py VGG --keep 0.4 0.2 --samples 256
-    python examples/bench/recovery.py VGG ResNet-20 --finetune
+    python examples/bench/recovery.py VGG ResNet-20 --finetune --methods 'reconstruction error'
     python examples/bench/recovery.py --seed 1             # other weights, other images
 
-Each network is pruned by several criteria, and each slim model is tested three times: as it comes,
+Each network is pruned by several methods, and each slim model is tested three times: as it comes,
 with recalibrated BatchNorm statistics, and with reconstructed weights. All three see the same few
-training images without their classes. The exit status is 1 if ``fp.prune(..., calibration=)``, the
+training images without their classes. *He 2017* is ``fp.ChannelPruning`` with the same share of all
+groups, chosen to meet the budget. The exit status is 1 if ``fp.prune(..., calibration=)``, the
 last row of each block, loses more than 1 point at 50 % or 2.5 points at 30 %. With ``--finetune``,
 the reconstructed model of that row then trains for one epoch on all training images with their
 classes, by ``fp.finetune`` as it comes: alone, and with the original as its teacher.
@@ -28,7 +29,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import fxprune as fp
 
 MOST_LOST = {0.5: 1.0, 0.3: 2.5}  # points, per share of the MACs
-CRITERIA = {"CPMC": fp.CPMC(), "reconstruction error": None}  # None: what calibration= chooses
 
 
 class Subject(NamedTuple):
@@ -40,11 +40,12 @@ class Subject(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One network, budget and criterion: accuracies in percent, CPU seconds without training."""
+    """One network, budget and method: accuracies in percent, CPU seconds without training."""
 
     net: str
     keep: float
-    criterion: str
+    method: str
+    macs: float
     original: float
     plain: float
     recalibrated: float
@@ -60,6 +61,34 @@ class Row(NamedTuple):
         return self.original - self.reconstructed
 
 
+def equal_shares(model: nn.Module, images: Tensor, keep: float) -> float:
+    """The largest share of every group that keeps at most this share of the MACs."""
+    deps = fp.analyze(fp.trace(model, images[:2]))
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        reached = fp.plan(deps, fp.L1()(deps), ratios=middle).reached
+        fits = reached["macs"] <= keep * reached["macs_before"]
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def by_cpmc(model: nn.Module, images: Tensor, keep: float) -> fp.PruneResult:
+    """CPMC chooses, then the weights are fitted."""
+    return fp.prune(model, images[:2], flops=keep, importance=fp.CPMC(), calibration=images)
+
+
+def by_he(model: nn.Module, images: Tensor, keep: float) -> fp.PruneResult:
+    """LASSO and least squares, layer by layer."""
+    return fp.ChannelPruning(images, equal_shares(model, images, keep))(model, images[:2])
+
+
+def by_error(model: nn.Module, images: Tensor, keep: float) -> fp.PruneResult:
+    """What ``calibration=`` does by itself."""
+    return fp.prune(model, images[:2], flops=keep, calibration=images)
+
+
+METHODS = {"CPMC": by_cpmc, "He 2017": by_he, "reconstruction error": by_error}
 COLUMNS = [field for field in Row._fields if field != "slim"]
 
 
@@ -75,18 +104,19 @@ def after_one_epoch(
     return accuracy(tuned.model, data)
 
 
-def measure(subject: Subject, data: Fashion, images: Tensor, keep: float, criterion: str) -> Row:
-    """Prune a network to a budget by one criterion."""
+def measure(subject: Subject, data: Fashion, images: Tensor, keep: float, method: str) -> Row:
+    """Prune a network to a budget by one method."""
     name, model, original = subject
-    importance = CRITERIA[criterion]
     start = time.process_time()
-    result = fp.prune(model, images[:2], flops=keep, importance=importance, calibration=images)
+    result = METHODS[method](model, images, keep)
     seconds = time.process_time() - start
+    macs = result.plan.reached["macs"] / result.plan.reached["macs_before"]
     plain = fp.rewrite(result.traced, result.plan)
     before = accuracy(plain, data)
     again = accuracy(fp.recalibrate(plain, images), data)
     fitted = accuracy(result.model, data)
-    return Row(name, keep, criterion, original, before, again, fitted, seconds, result.model)
+    tested = original, before, again, fitted
+    return Row(name, keep, method, macs, *tested, seconds, result.model)
 
 
 def finetuned(row: Row, subject: Subject, data: Fashion, seed: int) -> Row:
@@ -105,7 +135,7 @@ def main() -> int:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3], help="share of MACs")
     parser.add_argument("--samples", type=int, default=512, help="calibration images")
     parser.add_argument("--image-seed", type=int, help="which calibration images (default: --seed)")
-    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--finetune", action="store_true", help="train for one epoch afterwards")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -117,10 +147,10 @@ def main() -> int:
         model = trained(name, data, options.cache, options.seed, options.epochs)
         subject = Subject(name, model, accuracy(model, data))
         for keep in options.keep:
-            rows = [measure(subject, data, images, keep, c) for c in options.criteria]
+            rows = [measure(subject, data, images, keep, m) for m in options.methods]
             if options.finetune:
                 rows[-1] = finetuned(rows[-1], subject, data, options.seed)
-            shown = [(*r[:8], *r[9:]) for r in rows]
+            shown = [[getattr(row, column) for column in COLUMNS] for row in rows]
             print(tabulate(shown, headers=COLUMNS, floatfmt=".2f"), "\n", flush=True)
             if rows[-1].lost > MOST_LOST.get(keep, 100):
                 missed.append(f"{name} at {keep:.0%} of the MACs loses {rows[-1].lost:.2f} points")

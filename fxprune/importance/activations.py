@@ -15,7 +15,19 @@ from fxprune.importance.slots import REDUCTIONS, Pool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class APoZ:
+class _OfActivations:
+    """The options of criteria that look at activations."""
+
+    batches: Any
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse option values that mean nothing."""
+        check_choice(f"{type(self).__name__} reduction", self.reduction, REDUCTIONS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class APoZ(_OfActivations):
     """Share of activations that are not exactly zero: one minus the average percentage of zeros.
 
     Says something where a ReLU, or another function with true zeros, makes the activations.
@@ -29,13 +41,6 @@ class APoZ:
         batches: samples, see ``collect_evidence``; or the ``Evidence`` of an earlier pass.
         reduction: how several activations of a channel become one number.
     """
-
-    batches: Any
-    reduction: str = "mean"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_choice("APoZ reduction", self.reduction, REDUCTIONS)
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep.
@@ -54,7 +59,7 @@ class APoZ:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MeanResponse:
+class MeanResponse(_OfActivations):
     """Mean absolute activation.
 
     Shapes: [n_channels], float64. Units: activations.
@@ -66,13 +71,6 @@ class MeanResponse:
         reduction: how several activations of a channel become one number.
     """
 
-    batches: Any
-    reduction: str = "mean"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_choice("MeanResponse reduction", self.reduction, REDUCTIONS)
-
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""
         evidence = evidence_of(deps, self.batches, "activations")
@@ -80,7 +78,7 @@ class MeanResponse:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HRank:
+class HRank(_OfActivations):
     """Mean rank of a channel's feature maps.
 
     The feature map of one sample is a matrix [rows, columns]; axes before the last one are rows.
@@ -96,13 +94,6 @@ class HRank:
             ``needs=("ranks",)``.
         reduction: how several activations of a channel become one number.
     """
-
-    batches: Any
-    reduction: str = "mean"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_choice("HRank reduction", self.reduction, REDUCTIONS)
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep.

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from fxprune.coupling.graph import DependencyGraph
-from fxprune.importance.criterion import PRODUCERS, FloatArray, Roles, check_choice, check_roles
-from fxprune.importance.slots import REDUCTIONS, Pool, check_finite, rows, weight_data
+from fxprune.importance.criterion import FloatArray
+from fxprune.importance.slots import OfWeights, Pool, check_finite, rows, weight_data
 from fxprune.ops.labels import IntArray
 
 _CELLS = 2**24  # weights that are worked on at a time
 
 
 @dataclass(frozen=True, slots=True)
-class FPGM:
+class FPGM(OfWeights):
     """Sum of the distances of a filter to all others of its layer: small near their median.
 
         I(c) = sum over u of |W_c - W_u|
@@ -31,14 +31,6 @@ class FPGM:
         roles: which slots of a channel count.
         reduction: how several slots become one number.
     """
-
-    roles: Roles = PRODUCERS
-    reduction: str = "sum"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_roles("FPGM", self.roles)
-        check_choice("FPGM reduction", self.reduction, REDUCTIONS)
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""

@@ -8,20 +8,20 @@ import torch
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError
 from fxprune.importance.batch_norms import batch_norms
-from fxprune.importance.criterion import (
-    PRODUCERS,
-    UNJUDGED,
-    FloatArray,
-    Roles,
-    check_choice,
-    check_roles,
-)
+from fxprune.importance.criterion import UNJUDGED, FloatArray, Roles, check_choice
 from fxprune.importance.normalise import normalised
-from fxprune.importance.slots import REDUCTIONS, Pool, check_finite, over_weights, weight_data
+from fxprune.importance.slots import (
+    REDUCTIONS,
+    OfWeights,
+    Pool,
+    check_finite,
+    over_weights,
+    weight_data,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class L1:
+class L1(OfWeights):
     """Sum of absolute weights of the filters that produce a channel.
 
     Shapes: [n_channels], float64. Units: weights.
@@ -33,14 +33,6 @@ class L1:
         reduction: how several slots become one number.
     """
 
-    roles: Roles = PRODUCERS
-    reduction: str = "sum"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_roles("L1", self.roles)
-        check_choice("L1 reduction", self.reduction, REDUCTIONS)
-
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""
         return torch.from_numpy(
@@ -49,7 +41,7 @@ class L1:
 
 
 @dataclass(frozen=True, slots=True)
-class L2:
+class L2(OfWeights):
     """Euclidean norm of the filters that produce a channel.
 
     Shapes: [n_channels], float64. Units: weights.
@@ -62,21 +54,13 @@ class L2:
         reduction: how the squared norms of several slots become one number.
     """
 
-    roles: Roles = PRODUCERS
-    reduction: str = "sum"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_roles("L2", self.roles)
-        check_choice("L2 reduction", self.reduction, REDUCTIONS)
-
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""
         return torch.from_numpy(np.sqrt(_squares(deps, self.roles, self.reduction, UNJUDGED**2)))
 
 
 @dataclass(frozen=True, slots=True)
-class LAMP:
+class LAMP(OfWeights):
     """Squared norm of a filter, as a share of all filters of its group that are not smaller.
 
         I(c) = |W_c|^2 / sum of |W_u|^2 over all u of the group with |W_u| >= |W_c|
@@ -93,14 +77,6 @@ class LAMP:
         roles: which slots of a channel count.
         reduction: how the squared norms of several slots become one number.
     """
-
-    roles: Roles = PRODUCERS
-    reduction: str = "sum"
-
-    def __post_init__(self) -> None:
-        """Refuse option values that mean nothing."""
-        check_roles("LAMP", self.roles)
-        check_choice("LAMP reduction", self.reduction, REDUCTIONS)
 
     def __call__(self, deps: DependencyGraph) -> torch.Tensor:
         """Scores [n_channels], larger = keep."""

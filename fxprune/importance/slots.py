@@ -6,6 +6,7 @@ layer reads. A channel of a residual stream has many.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,14 @@ import torch
 
 from fxprune.coupling.graph import DependencyGraph, ParameterAxis
 from fxprune.errors import ArgumentError, NonFiniteError
-from fxprune.importance.criterion import UNJUDGED, FloatArray, Roles
+from fxprune.importance.criterion import (
+    PRODUCERS,
+    UNJUDGED,
+    FloatArray,
+    Roles,
+    check_choice,
+    check_roles,
+)
 from fxprune.ops.labels import IntArray
 
 Cells = Callable[[str, torch.Tensor], torch.Tensor]
@@ -28,6 +36,25 @@ _COMBINE: dict[str, tuple[float, _Combine]] = {
     "first": (0.0, lambda before, new, count: np.where(count == 0, new, before)),
 }
 REDUCTIONS = tuple(_COMBINE)
+
+
+@dataclass(frozen=True, slots=True)
+class OfWeights:
+    """The options of criteria that look at the weights of a channel.
+
+    Attributes:
+        roles: which slots of a channel count.
+        reduction: how several slots become one number.
+    """
+
+    roles: Roles = PRODUCERS
+    reduction: str = "sum"
+
+    def __post_init__(self) -> None:
+        """Refuse option values that mean nothing."""
+        name = type(self).__name__
+        check_roles(name, self.roles)
+        check_choice(f"{name} reduction", self.reduction, REDUCTIONS)
 
 
 class Pool:

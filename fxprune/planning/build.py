@@ -53,9 +53,11 @@ def plan(
         flops: share of the MACs to keep at most, ``0.5`` or ``"50%"``.
         params: share of the parameters to keep at most.
         memory: share of the peak memory of activations to keep at most.
-        latency: share of the latency on the example inputs to keep at most, as predicted from
-            times of operators.
-        latency_table: these times; by default they are measured on this device.
+        latency: share of the latency on the example inputs to keep. Times of operators are measured
+            on this device; ``fp.plan`` then measures the rebuilt model beside the original, and
+            plans again until it is within 2 % on either side, in four rounds at most.
+        latency_table: times to go by instead, such as those of another device; the prediction
+            then keeps at most the share, and nothing is measured.
         ratios: share of its channels to keep, per group (name or index), or one share for all
             groups. Named groups take no part in the other budgets.
         allocation: how budgets are shared out between groups: ``global`` (lowest scores first),
