@@ -1,5 +1,6 @@
 """A process that is killed while it saves leaves the old model or the new one, never a mixture."""
 
+import itertools
 import os
 import random
 import signal
@@ -14,7 +15,8 @@ from torch import fx, nn
 
 import fxprune as fp
 
-KILLS = 50
+KILLS = 20
+STEPS = frozenset(f"os.{name}" for name in "mkdir rename remove rmdir chmod".split()) | {"open"}
 
 
 def model(width):
@@ -44,13 +46,11 @@ def what_is_there(target):
     return width
 
 
-def kill_savers(target):
+def kill_at_random(target):
     """Kill savers at random moments; print what each left."""
-    torch.set_num_threads(1)
-    chooser, was = random.Random(0), None
-    fp.save(model(200), target.parent / "first")  # what is slow only once
+    chooser, was = random.Random(0), what_is_there(target)
     start = time.perf_counter()
-    fp.save(model(200), target.parent / "second")
+    fp.save(model(200), target.parent / "timed")
     once = time.perf_counter() - start
     for _ in range(KILLS):
         child = os.fork()
@@ -61,8 +61,36 @@ def kill_savers(target):
         os.waitpid(child, 0)
         now = what_is_there(target)
         assert now is not None or was is None, "the model that was there is gone"
-        print(now, flush=True)
+        print("random", now, flush=True)
         was = now
+
+
+def kill_at_every_step(target):
+    """Kill a saver before each of its steps in the file system; print what each left."""
+    for step in itertools.count():
+        if what_is_there(target) != 200:
+            fp.save(model(200), target, overwrite=True)
+        child = os.fork()
+        if child == 0:
+            die_before(step)
+            fp.save(model(300), target, overwrite=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print("step", what_is_there(target), flush=True)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return
+
+
+def die_before(step):
+    """Be killed before the file system is asked for the so manieth time."""
+    seen = itertools.count()
+
+    def hook(event, arguments):
+        if event in STEPS and next(seen) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -76,10 +104,15 @@ def test_killed_while_saving_leaves_one_whole_model(tmp_path):
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
-    left = done.stdout.split()
-    assert len(left) == KILLS
-    assert {"200", "300"} <= set(left)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    steps = [left for how, left in lines if how == "step"]
+    assert len(steps) > 20
+    assert steps[-1] == "300"
+    assert steps == sorted(steps), "the new model was there, and then the old one"
+    assert len(lines) - len(steps) == KILLS
 
 
 if __name__ == "__main__":
-    kill_savers(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    kill_at_every_step(Path(sys.argv[1]))
+    kill_at_random(Path(sys.argv[1]))
