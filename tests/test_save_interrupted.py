@@ -76,7 +76,9 @@ def kill_at_every_step(target):
             fp.save(model(300), target, overwrite=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        print("step", what_is_there(target), flush=True)
+        now = what_is_there(target)
+        assert now is not None, f"killed before step {step}, the model that was there is gone"
+        print("step", now, flush=True)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
             return

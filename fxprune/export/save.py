@@ -136,11 +136,8 @@ def load(
     names = Names((trust,) if isinstance(trust, str) else tuple(trust))
     try:
         parts = document["modules"], restore(document["tensors"], data), names
-        if trust_code:
-            name = document["modules"][""]["graph_class"]
-            module = run_source(folder / CODE_FILE, name, rebuild_state(*parts))
-        else:
-            module = rebuild_modules(*parts)
+        built: Any = rebuild_state(*parts) if trust_code else rebuild_modules(*parts)
+        name = document["modules"][""]["graph_class"]
     except ArtifactError as error:
         raise ArtifactError(f"{folder / GRAPH_FILE}: {error}") from error
     # What a damaged description can raise on its way into PyTorch has no common class.
@@ -148,6 +145,7 @@ def load(
         raise ArtifactError(
             f"{folder / GRAPH_FILE} is damaged: {type(error).__name__}: {error}"
         ) from error
+    module: nn.Module = run_source(folder / CODE_FILE, name, built) if trust_code else built
     vars(module)["meta"] = {_INPUTS_META: document.get("inputs")}
     return module
 

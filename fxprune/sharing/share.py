@@ -109,7 +109,7 @@ def _replace(
     owner = model.get_submodule(path)
     found = getattr(owner, last)
     weight: Any = found if isinstance(found, Tensor) else found.weight
-    if not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return
     if weight not in known:  # tied weights stay tied: one codebook for all of them
         known[weight] = _codebook(weight, bits, seed, name)
