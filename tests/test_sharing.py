@@ -233,6 +233,12 @@ def test_options_that_mean_nothing_are_refused(options, kind, message):
         fp.share_weights(net(), **options)
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Linear(8, 8)])
+def test_a_model_without_layers_inside_is_refused(model):
+    with pytest.raises(fp.ArgumentError, match="holds no convolution or linear layer"):
+        fp.share_weights(model)
+
+
 def test_weights_that_are_not_finite_are_refused():
     model = net()
     with torch.no_grad():

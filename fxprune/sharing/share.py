@@ -61,6 +61,8 @@ def share_weights(
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     model = copy.deepcopy(model)
     places = dict(_places(model))
+    if not places:
+        raise ArgumentError(f"{type(model).__name__} holds no convolution or linear layer")
     unknown = [p for p in patterns if not any(_matches(name, p) for name in places)]
     if unknown:
         raise ArgumentError(f"ignore={unknown}: no layer is called so; there are {list(places)}")
@@ -80,7 +82,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _places(model: nn.Module) -> Iterator[tuple[str, type[Shared]]]:
     """Where weights are: layers, and parameters of a graph that functions read as weights."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in LAYERS:
+        if name and type(module) in LAYERS:
             yield name, LAYERS[type(module)]
     if not isinstance(model, fx.GraphModule):
         return
