@@ -99,6 +99,7 @@ def test_onnx_runtime_gives_the_outputs_of_the_model_at_any_batch_size(name, fro
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's remarks on its own parts
 @COMPILER
 @pytest.mark.parametrize("format", ["compile", "aoti"])
 def test_compiled_models_give_the_outputs_of_the_model(format, tmp_path):

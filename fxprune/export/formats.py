@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -254,17 +253,12 @@ def _write_torchscript(source: Source, file: Path) -> str | None:
     model = _with_size_methods(model) if isinstance(model, fx.GraphModule) else model
     model = model if _is_plain(source) else _OfTensors(model, inputs)
     tensors = tuple(tensors_of((inputs.args, inputs.kwargs)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated; its consumers are not gone
-        traced = torch.jit.trace(model, tensors, strict=False, check_trace=False)
-        torch.jit.save(traced, file)
+    torch.jit.save(torch.jit.trace(model, tensors, strict=False, check_trace=False), file)
     return None if source.free_batch else "it was asked for"
 
 
 def _read_torchscript(source: Source, file: Path) -> Call:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = torch.jit.load(file)
+    module = torch.jit.load(file)
     return lambda args, kwargs: module(*tensors_of((args, kwargs)))
 
 

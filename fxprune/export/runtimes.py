@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,7 +196,9 @@ def _attempt(name: str, chosen: Format, source: Source, file: Path, *, check: bo
 
 def _step(what: str, step: Callable[[], Any], kind: type[ExportError] = ExportError) -> Any:
     try:
-        return step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks of runtimes and exporters on their own parts
+            return step()
     except (ExportError, ArgumentError, OSError):
         raise
     except Exception as error:  # any code of any runtime
