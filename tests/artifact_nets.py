@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fxprune.export.folder import write_sums
 from fxprune.export.save import load, save
 from tests.zoo.randomize import randomize
 
@@ -132,16 +134,12 @@ def edit(folder, change):
     file = folder / "graph.json"
     document = json.loads(file.read_text())
     file.write_text(json.dumps(change(document) or document))
-    unlist(file)
+    relist(file)
 
 
-def unlist(file):
+def relist(file):
     """Have a changed file of a saved folder looked at, rather than refused as changed."""
-    sums = file.parent / "SHA256SUMS"
-    lines = [
-        line for line in sums.read_text().splitlines(True) if not line.endswith(f"{file.name}\n")
-    ]
-    sums.write_text("".join(lines))
+    write_sums(Path(file).parent)
 
 
 def first_node(document, op):

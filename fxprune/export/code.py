@@ -15,8 +15,8 @@ _HEAD = '''\
 """{name} as fxprune saved it: its graph as Python.
 
 For reading. load(path) does not run this file. load(path, trust_code=True) does: it gives the class
-below the layers and weights of the folder. To have an edited file loaded, delete its line from
-SHA256SUMS.
+below the layers and weights of the folder. If you edit it: load(path, trust_code=True,
+edited="model.py").
 """
 '''
 _GETATTR = re.compile(r'getattr\((self[\w.]*), "([^"]+)"\)')

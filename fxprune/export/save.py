@@ -103,13 +103,22 @@ def load(
     *,
     trust: str | Sequence[str] = ...,
     trust_code: Literal[False] = ...,
+    edited: str | Sequence[str] = ...,
 ) -> fx.GraphModule: ...
 @overload
 def load(
-    path: str | os.PathLike[str], *, trust: str | Sequence[str] = ..., trust_code: bool
+    path: str | os.PathLike[str],
+    *,
+    trust: str | Sequence[str] = ...,
+    trust_code: bool,
+    edited: str | Sequence[str] = ...,
 ) -> nn.Module: ...
 def load(
-    path: str | os.PathLike[str], *, trust: str | Sequence[str] = (), trust_code: bool = False
+    path: str | os.PathLike[str],
+    *,
+    trust: str | Sequence[str] = (),
+    trust_code: bool = False,
+    edited: str | Sequence[str] = (),
 ) -> nn.Module:
     """Read a model that :func:`save` wrote; the original class is not needed.
 
@@ -124,14 +133,17 @@ def load(
             and anything in them may be called, so trust the folder as you trust a program.
         trust_code: run ``model.py`` of the folder, and take ``forward`` from it rather than from
             the graph; the result is then an instance of its class.
+        edited: files of the folder that were changed on purpose since they were saved, e.g.
+            ``"model.py"``; they are taken as they are.
 
     Raises:
+        ArgumentError: ``edited`` names no file of a saved model.
         ArtifactError: the folder is missing, incomplete, damaged, edited, of another format, or
             names something off the allowlist.
     """
     folder = Path(path)
     document = _read_document(folder)
-    check_sums(folder)
+    check_sums(folder, (edited,) if isinstance(edited, str) else tuple(edited))
     data = _read_weights(folder / WEIGHTS_FILE)
     names = Names((trust,) if isinstance(trust, str) else tuple(trust))
     try:
