@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fxprune as fp
+from fxprune.export import formats
 from fxprune.export.formats import FORMATS
 from fxprune.runtimes import onnx
 from tests.test_model_is_preserved import assert_unchanged, model_with_a_past, snapshot
@@ -232,6 +233,13 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     with pytest.raises(fp.ExportError, match=r"ONNX has no word for fxprune_zoo\.rotate_pairs"):
         fp.export(result, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_what_one_onnx_file_holds_are_refused(tmp_path, monkeypatch):
+    onnx.check_onnx()
+    monkeypatch.setattr(formats, "_ONNX_LIMIT", 50)
+    with pytest.raises(fp.ExportError, match="one ONNX file holds 2; use pt2"):
+        fp.export(nn.Linear(4, 3), tmp_path / "m.onnx", inputs=torch.randn(2, 4))
 
 
 class Largest(nn.Module):

@@ -90,7 +90,8 @@ def export(
     """
     name, chosen, target = _chosen(format, path, overwrite=overwrite)
     module, given = _module_and_inputs(model, inputs)
-    plan = getattr(model, "plan", None) if plan is None else plan
+    if plan is None and not isinstance(model, nn.Module):
+        plan = getattr(model, "plan", None)
     source = Source(module, bind_inputs(module, given), free_batch is not False, plan)
     chosen.needs(source)
     with ready(module, given), torch.no_grad():
