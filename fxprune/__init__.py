@@ -20,6 +20,7 @@ from fxprune.errors import (
     CaptureError,
     EvaluationError,
     ExampleInputError,
+    ExportError,
     FingerprintError,
     FxpruneError,
     NonFiniteError,
@@ -29,7 +30,17 @@ from fxprune.errors import (
     RewriteError,
     VerificationError,
 )
-from fxprune.export import apply_plan, broadcast_plan, load, prune_ema, prune_optimizer, save
+from fxprune.export import (
+    Exported,
+    apply_plan,
+    broadcast_plan,
+    export,
+    load,
+    prune_ema,
+    prune_optimizer,
+    save,
+    timm_shapes,
+)
 from fxprune.importance import (
     CPMC,
     FPGM,
@@ -78,6 +89,7 @@ from fxprune.recovery import (
 )
 from fxprune.rewrite import rewrite
 from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
+from fxprune.sharing import share_weights
 from fxprune.timed import plan
 from fxprune.verify import Verdict, verify
 from fxprune.version import __version__ as __version__
@@ -108,6 +120,8 @@ __all__ = [
     "EvaluationError",
     "Evidence",
     "ExampleInputError",
+    "ExportError",
+    "Exported",
     "FeatureMatching",
     "FinetuneResult",
     "FingerprintError",
@@ -150,6 +164,7 @@ __all__ = [
     "decompose_channels",
     "decompose_spatial",
     "diff_plans",
+    "export",
     "factorize_linear",
     "finetune",
     "latency_ratio",
@@ -168,6 +183,8 @@ __all__ = [
     "rules",
     "save",
     "sensitivity",
+    "share_weights",
+    "timm_shapes",
     "trace",
     "verify",
 ]

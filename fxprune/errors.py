@@ -59,6 +59,10 @@ class ArtifactError(FxpruneError):
     """A file or folder that is missing, corrupt, unsafe to load or not to be overwritten."""
 
 
+class ExportError(FxpruneError):
+    """A format cannot hold the model, or another runtime gives other outputs."""
+
+
 class RuleConflictError(FxpruneError):
     """Two label rules claim the same operator."""
 

@@ -16,6 +16,7 @@ import fxprune as fp
 from fxprune.cli import main
 from fxprune.cli.models import build
 from fxprune.vision import import_torchvision
+from tests.artifact_nets import relist
 from tests.zoo.randomize import randomize
 
 TINY = """
@@ -350,6 +351,8 @@ def test_verify_sees_other_weights_on_either_side(run, pruned):
     state = safetensors.torch.load_file(file)
     state["3.weight"][0, 0] += 1
     safetensors.torch.save_file(state, file)
+    assert run("verify", "slim", "--against", "tiny_nets:net")[0] == 2  # not what was saved
+    relist(file)
     status, out, _ = run("verify", "slim", "--against", "tiny_nets:net", "--json")
     assert status == 1
     assert json.loads(out)["ok"] is False

@@ -12,6 +12,7 @@ from fxprune.cli import main
 from fxprune.latency import runtimes
 from fxprune.latency.bench import bench
 from fxprune.latency.memory import peak_allocated
+from fxprune.runtimes import onnx
 
 NETS = """
 from torch import nn
@@ -81,7 +82,7 @@ def test_bench_through_torch_compile(slim, capsys):
 
 
 def test_a_runtime_that_is_missing_is_named_and_others_go_on(slim, capsys, monkeypatch):
-    monkeypatch.setattr(runtimes, "_installed", lambda name: name != "onnxruntime")
+    monkeypatch.setattr(onnx, "_installed", lambda name: name != "onnxruntime")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     capsys.readouterr()
     assert run_bench() == 0

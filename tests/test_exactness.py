@@ -246,6 +246,20 @@ def test_nothing_is_refused_where_everything_is_understood() -> None:
         assert not deps.refusals, name
 
 
+@pytest.mark.parametrize("name", ["fused_attention", "shape_arithmetic", "heads_round_trip"])
+def test_nodes_of_the_slim_graph_have_the_names_of_those_they_come_from(name: str) -> None:
+    traced = fp.trace(build(name), ZOO[name].inputs())
+    slim = fp.rewrite(traced, half_plan(fp.analyze(traced)))
+    names = [node.name for node in slim.graph.nodes]
+    before = {node.name: node for node in traced.graph_module.graph.nodes}
+    assert len(set(names)) == len(names)
+    order = [n for n in names if n in before]
+    assert order == [n for n in before if n in set(order)]
+    for node in slim.graph.nodes:
+        if node.op == "call_module":
+            assert before[node.name].target == node.target
+
+
 @pytest.mark.parametrize("name", ["weight_standardised", "spatial_attention"])
 def test_a_changed_statistic_is_named_in_the_verdict(name: str) -> None:
     result = fp.prune(build(name), ZOO[name].inputs(), ratios=0.5)

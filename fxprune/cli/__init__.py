@@ -1,4 +1,4 @@
-"""The command line: ``fxprune inspect|prune|verify|bench MODEL``.
+"""The command line: ``fxprune inspect|prune|verify|bench|export MODEL``.
 
 It finds a model, makes example inputs, calls the library and prints. What a command reports goes to
 standard output, everything else to standard error.

@@ -16,11 +16,13 @@ from fxprune.cli import plan_commands
 from fxprune.cli.bench import bench_data, bench_report, bench_setting
 from fxprune.cli.calibration import read_calibration
 from fxprune.cli.data import inspection, outcome, verdict_data
+from fxprune.cli.export import export_data, export_report, written
 from fxprune.cli.models import build, example_inputs, recorded_inputs
 from fxprune.cli.options import CALIBRATED, CRITERIA
 from fxprune.cli.sensitivity import scanned
-from fxprune.errors import ArgumentError
-from fxprune.export.save import PLAN_FILE, check_target
+from fxprune.errors import ArgumentError, ExportError
+from fxprune.export.folder import PLAN_FILE
+from fxprune.export.save import check_target
 from fxprune.latency.bench import bench
 from fxprune.latency.setting import usable_device
 from fxprune.planning.request import COSTS
@@ -98,6 +100,17 @@ def _compose(options: argparse.Namespace) -> tuple[bool, str]:
     return plan_commands.compose(fp.analyze(_traced(options.model, options)), options)
 
 
+def _export(options: argparse.Namespace) -> tuple[bool, str]:
+    model, inputs = _model(options.model, options)
+    done, problems = written(model, inputs, options, _say)
+    text = _json(export_data(done)) if options.json else export_report(done)
+    if problems:
+        if done:
+            _say(export_report(done))
+        raise ExportError("\n".join(problems))
+    return True, text
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "inspect": _inspect,
     "prune": _prune,
@@ -107,6 +120,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "apply": plan_commands.apply,
     "compose": _compose,
     "diff": plan_commands.diff,
+    "export": _export,
 }
 
 

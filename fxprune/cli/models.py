@@ -18,7 +18,7 @@ from torch import nn
 
 from fxprune.cli.options import MODELS
 from fxprune.errors import ArgumentError, ArtifactError
-from fxprune.export.save import is_artifact, load, read_inputs
+from fxprune.export.save import is_artifact, load, random_like, read_inputs
 from fxprune.vision import import_torchvision
 
 _TORCHVISION = "torchvision/"
@@ -70,7 +70,7 @@ def example_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     if not shapes and recorded is not None:
-        return tuple(_like(value, generator) for value in recorded)
+        return tuple(random_like(value, generator) for value in recorded)
     if not shapes and name.startswith(_TORCHVISION):
         shapes = [_IMAGE]
     if not shapes:
@@ -80,15 +80,6 @@ def example_inputs(
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtype = dtypes[0] if dtypes else torch.float32
     return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-
-
-def _like(value: Any, generator: torch.Generator) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator).to(value.dtype)
-    # 0 and 1 are valid, whatever an integer input counts.
-    return torch.randint(0, 2, value.shape, generator=generator).to(value.dtype)
 
 
 def _find(name: str, seed: int, trust: Sequence[str]) -> nn.Module:

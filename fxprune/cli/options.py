@@ -1,6 +1,7 @@
 """The options of the command line and their help; imports nothing that takes time."""
 
 import argparse
+from collections.abc import Callable
 
 from fxprune.cli import plans, sensitivity
 
@@ -19,6 +20,7 @@ examples
   fxprune bench slim --against torchvision/resnet18
   fxprune apply plan.json model.safetensors --out slim.safetensors
   fxprune diff plan.json other.json
+  fxprune export slim --format pt2,onnx --check
 """
 _EXIT_STATUS = """\
 exit status
@@ -39,6 +41,7 @@ CRITERIA = {
     "bn-scale": "BatchNormScale",
     "random": "Random",
 }
+FORMATS = ("pt2", "onnx", "torchscript", "aoti", "node-data", "compile")
 CALIBRATED = {"apoz": "APoZ", "mean-response": "MeanResponse", "hrank": "HRank"}
 
 
@@ -92,6 +95,11 @@ def parser() -> argparse.ArgumentParser:
     _add_model_options(compose)
     _add_report_options(apply)
     _add_report_options(diff)
+
+    export = _command(commands, "export", "write a model for other runtimes, and run it there")
+    export.add_argument("model", metavar="MODEL", help="usually a folder that prune --out wrote")
+    _add_export_options(export)
+    _add_model_options(export)
     return root
 
 
@@ -193,6 +201,33 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     timing.add_argument("--device", metavar="DEVICE", help="where to run, e.g. cuda (default: cpu)")
 
 
+def _add_export_options(export: argparse.ArgumentParser) -> None:
+    files = export.add_argument_group("what to write")
+    files.add_argument(
+        "--format",
+        type=_names(FORMATS),
+        required=True,
+        metavar="NAME,...",
+        help=f"of {', '.join(FORMATS)}; compile writes nothing and is checked only",
+    )
+    files.add_argument(
+        "--out", metavar="DIR", default=".", help="folder of the files (default: the current one)"
+    )
+    files.add_argument("--name", help="of the files, without suffix (default: that of MODEL)")
+    files.add_argument("--force", action="store_true", help="replace files")
+    files.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run what was written, and compare with the model (default: yes)",
+    )
+    files.add_argument(
+        "--batch",
+        choices=("free", "fixed"),
+        help="insist on any batch size, or on that of the inputs (default: any, where possible)",
+    )
+
+
 def _add_model_options(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("model")
     model.add_argument(
@@ -228,6 +263,16 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 def _add_report_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}")
+        return list(dict.fromkeys(found))
+
+    return names
 
 
 def _shape(text: str) -> tuple[int, ...]:

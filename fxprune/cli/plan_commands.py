@@ -9,7 +9,7 @@ from typing import Any
 
 import fxprune as fp
 from fxprune.errors import ArtifactError
-from fxprune.export.save import PLAN_FILE
+from fxprune.export.folder import PLAN_FILE
 
 
 def read_plan(path: str) -> fp.PruningPlan:

@@ -3,6 +3,18 @@
 from fxprune.export.inplace import apply_plan
 from fxprune.export.optimizers import prune_ema, prune_optimizer
 from fxprune.export.processes import broadcast_plan
+from fxprune.export.runtimes import Exported, export
 from fxprune.export.save import load, save
+from fxprune.export.timm import timm_shapes
 
-__all__ = ["apply_plan", "broadcast_plan", "load", "prune_ema", "prune_optimizer", "save"]
+__all__ = [
+    "Exported",
+    "apply_plan",
+    "broadcast_plan",
+    "export",
+    "load",
+    "prune_ema",
+    "prune_optimizer",
+    "save",
+    "timm_shapes",
+]

@@ -15,12 +15,12 @@ from fxprune.checkpoint import Checkpoint, write_tensors
 from fxprune.checkpoint.read import INDEX, Stored, read_metadata
 from fxprune.checkpoint.write import Chunk
 from fxprune.errors import ArtifactError
+from fxprune.export.folder import PLAN_FILE
 from fxprune.planning.plan import PruningPlan
 from fxprune.planning.provenance import WeightCheck
 from fxprune.rewrite.inplace import check_sizes
 from fxprune.rewrite.weights import slim_shape, slim_tensor
 
-PLAN_FILE = "plan.json"
 _CHUNK = 2**24  # bytes that are copied at a time where nothing is sliced
 
 

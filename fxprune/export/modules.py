@@ -123,6 +123,17 @@ def rebuild_modules(
     return root
 
 
+def rebuild_state(
+    records: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], names: Names
+) -> dict[str, Any]:
+    """What the root module holds, without its graph.
+
+    Raises:
+        ArtifactError: as :func:`rebuild_modules`.
+    """
+    return _Builder(records, Decoder(names, tensors, {})).state("")
+
+
 class _Builder:
     """Builds each described module once, children before the modules that hold them."""
 
@@ -142,6 +153,9 @@ class _Builder:
         if module is None:
             raise ArtifactError(f"module {path!r} holds itself")
         return module
+
+    def state(self, path: str) -> dict[str, Any]:
+        return self._state(self._records[path])
 
     def _rebuild(self, record: Mapping[str, Any]) -> nn.Module:
         state = self._state(record)

@@ -1,35 +1,46 @@
 """Save a slim model to a folder without pickle, and load it without the original class.
 
 The folder holds ``model.safetensors`` (every tensor), ``graph.json`` (the ``torch.fx`` graph and
-its layers) and, where there is one, ``plan.json``. The format is described in
-``docs/reference/artifacts.md``.
+its layers), where there is one ``plan.json``, and for people ``model.py`` and ``README.md``. The
+format is described in ``docs/reference/artifacts.md``.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.errors import ArtifactError
-from fxprune.export.modules import describe_modules, rebuild_modules
+from fxprune.export.card import card, config
+from fxprune.export.code import run_source, source_of
+from fxprune.export.folder import (
+    CARD_FILE,
+    CODE_FILE,
+    CONFIG_FILE,
+    FILES,
+    GRAPH_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    check_sums,
+    some,
+    write_sums,
+)
+from fxprune.export.modules import describe_modules, rebuild_modules, rebuild_state
 from fxprune.export.names import Names, trust_needed
 from fxprune.export.tensors import TensorTable, restore
 from fxprune.export.values import Encoder
+from fxprune.files import replace_folder
 
 FORMAT = "fxprune-slim"
-VERSION = 1
-GRAPH_FILE = "graph.json"
-WEIGHTS_FILE = "model.safetensors"
-PLAN_FILE = "plan.json"
+VERSION = 2
 
 _INPUTS_META = "fxprune_inputs"
 
@@ -54,10 +65,18 @@ def save(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False) -
         ArtifactError: the folder exists, cannot be written, or the model holds something that could
             not be loaded again (the message names the node or module). Nothing is left behind.
     """
-    module, plan, inputs = _parts(model)
+    module, result, inputs = _parts(model)
     target = Path(path).resolve()
     check_target(target, overwrite=overwrite)
-    document, tensors = _describe(module, inputs, plan)
+    document, tensors = _describe(module, inputs)
+    texts = {
+        GRAPH_FILE: _dumps(document),
+        CODE_FILE: source_of(module),
+        CARD_FILE: card(module, result, document["trust"]),
+        CONFIG_FILE: config(module, inputs),
+    }
+    if result is not None:
+        texts[PLAN_FILE] = result.plan.to_json()
     # Parents that are missing are made last, so that a failure leaves none of them.
     beside = next(folder for folder in target.parents if folder.exists())
     try:
@@ -67,10 +86,10 @@ def save(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False) -
     try:
         folder = scratch / "new"
         folder.mkdir()
-        _write(folder, document, tensors, plan)
+        _write(folder, texts, tensors)
         _check_reads_back(folder, document, tensors)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _move_into_place(folder, target, scratch / "old")
+        replace_folder(folder, target, scratch / "old")
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error}") from error
     finally:
@@ -78,30 +97,59 @@ def save(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False) -
     return target
 
 
-def load(path: str | os.PathLike[str], *, trust: str | Sequence[str] = ()) -> fx.GraphModule:
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust: str | Sequence[str] = ...,
+    trust_code: Literal[False] = ...,
+    edited: str | Sequence[str] = ...,
+) -> fx.GraphModule: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust: str | Sequence[str] = ...,
+    trust_code: bool,
+    edited: str | Sequence[str] = ...,
+) -> nn.Module: ...
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust: str | Sequence[str] = (),
+    trust_code: bool = False,
+    edited: str | Sequence[str] = (),
+) -> nn.Module:
     """Read a model that :func:`save` wrote; the original class is not needed.
 
     The model is on the CPU and as trainable as before: parameters, buffers, modes and gradient
-    flags are as they were saved. No code is read from the folder; functions and layer classes are
-    looked up by name, and only those of an allowlist (PyTorch's layers and tensor functions,
-    ``operator``, ``math``, torchvision's layers).
+    flags are as they were saved. Files that are not as they were saved are refused. No code of the
+    folder is run; functions and layer classes are looked up by name, and only those of an allowlist
+    (PyTorch's layers and tensor functions, ``operator``, ``math``, torchvision's layers).
 
     Args:
         path: the folder.
         trust: further modules that the folder may name, e.g. ``("mypackage",)``. They are imported
             and anything in them may be called, so trust the folder as you trust a program.
+        trust_code: run ``model.py`` of the folder, and take ``forward`` from it rather than from
+            the graph; the result is then an instance of its class.
+        edited: files of the folder that were changed on purpose since they were saved, e.g.
+            ``"model.py"``; they are taken as they are.
 
     Raises:
-        ArtifactError: the folder is missing, incomplete, damaged, of another format, or names
-            something off the allowlist.
+        ArgumentError: ``edited`` names no file of a saved model.
+        ArtifactError: the folder is missing, incomplete, damaged, edited, of another format, or
+            names something off the allowlist.
     """
     folder = Path(path)
     document = _read_document(folder)
-    _check_plan(folder / PLAN_FILE, document.get("plan"))
+    check_sums(folder, (edited,) if isinstance(edited, str) else tuple(edited))
     data = _read_weights(folder / WEIGHTS_FILE)
     names = Names((trust,) if isinstance(trust, str) else tuple(trust))
     try:
-        module = rebuild_modules(document["modules"], restore(document["tensors"], data), names)
+        parts = document["modules"], restore(document["tensors"], data), names
+        built: Any = rebuild_state(*parts) if trust_code else rebuild_modules(*parts)
+        name = document["modules"][""]["graph_class"]
     except ArtifactError as error:
         raise ArtifactError(f"{folder / GRAPH_FILE}: {error}") from error
     # What a damaged description can raise on its way into PyTorch has no common class.
@@ -109,7 +157,8 @@ def load(path: str | os.PathLike[str], *, trust: str | Sequence[str] = ()) -> fx
         raise ArtifactError(
             f"{folder / GRAPH_FILE} is damaged: {type(error).__name__}: {error}"
         ) from error
-    module.meta[_INPUTS_META] = document.get("inputs")
+    module: nn.Module = run_source(folder / CODE_FILE, name, built) if trust_code else built
+    vars(module)["meta"] = {_INPUTS_META: document.get("inputs")}
     return module
 
 
@@ -128,6 +177,25 @@ def read_inputs(path: str | os.PathLike[str]) -> tuple[Tensor | Any, ...] | None
         return tuple(_read_input(item) for item in recorded)
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{Path(path) / GRAPH_FILE} is damaged: inputs: {error}") from error
+
+
+def recorded_inputs(model: nn.Module, seed: int = 0) -> tuple[Any, ...] | None:
+    """Random inputs like those that a model which :func:`load` gave was pruned with, or None."""
+    recorded = getattr(model, "meta", {}).get(_INPUTS_META)
+    if recorded is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(random_like(_read_input(item), generator) for item in recorded)
+
+
+def random_like(value: Any, generator: torch.Generator) -> Any:
+    """A tensor with random values in the place of one without; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    # 0 and 1 are valid, whatever an integer input counts.
+    return torch.randint(0, 2, value.shape, generator=generator).to(value.dtype)
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
@@ -155,13 +223,13 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
         return
     if not is_artifact(target):
         raise ArtifactError(
-            f"{target} is not empty and not a saved model (it holds {_some(found)}); "
+            f"{target} is not empty and not a saved model (it holds {some(found)}); "
             "name a folder that does not exist yet"
         )
-    foreign = found - {GRAPH_FILE, WEIGHTS_FILE, PLAN_FILE}
+    foreign = found - FILES
     if foreign:
         raise ArtifactError(
-            f"{target} holds other files beside a saved model ({_some(foreign)}); move them first"
+            f"{target} holds other files beside a saved model ({some(foreign)}); move them first"
         )
     if not overwrite:
         raise ArtifactError(
@@ -169,8 +237,8 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
         )
 
 
-def _parts(model: Any) -> tuple[fx.GraphModule, str | None, Any]:
-    """Graph module, plan as JSON text and recorded inputs of what was handed to ``save``."""
+def _parts(model: Any) -> tuple[fx.GraphModule, Any, Any]:
+    """Graph module, ``PruneResult`` or None, and recorded inputs of what was handed to ``save``."""
     if isinstance(model, fx.GraphModule):
         return model, None, model.meta.get(_INPUTS_META)
     module = getattr(model, "model", None)
@@ -181,7 +249,7 @@ def _parts(model: Any) -> tuple[fx.GraphModule, str | None, Any]:
             "state_dict and result.plan, and use apply_plan on a fresh instance"
         )
     inputs = [_describe_input(value) for value in model.traced.example_inputs]
-    return module, model.plan.to_json(), inputs
+    return module, model, inputs
 
 
 def _describe_input(value: Any) -> dict[str, Any]:
@@ -197,9 +265,7 @@ def _read_input(item: Mapping[str, Any]) -> Any:
     return torch.empty(item["shape"], dtype=getattr(torch, item["dtype"]), device="meta")
 
 
-def _describe(
-    module: fx.GraphModule, inputs: Any, plan: str | None
-) -> tuple[dict[str, Any], TensorTable]:
+def _describe(module: fx.GraphModule, inputs: Any) -> tuple[dict[str, Any], TensorTable]:
     tensors = TensorTable()
     modules = describe_modules(module, tensors)
     tensors.check_no_partial_sharing()
@@ -209,7 +275,6 @@ def _describe(
         "torch": str(torch.__version__),
         "trust": sorted({name for name in map(trust_needed, _names_in(modules)) if name}),
         "inputs": inputs,
-        "plan": None if plan is None else _digest(plan.encode()),
         "modules": modules,
         "tensors": tensors.records,
     }
@@ -235,9 +300,7 @@ def _names_in(modules: Mapping[str, Mapping[str, Any]]) -> set[str]:
     return found
 
 
-def _write(
-    folder: Path, document: Mapping[str, Any], tensors: TensorTable, plan: str | None
-) -> None:
+def _write(folder: Path, texts: Mapping[str, str], tensors: TensorTable) -> None:
     data = {key: _own_copy(tensor) for key, tensor in tensors.data.items()}
     # One entry only: safetensors writes several in random order, and equal models give equal files.
     metadata = {FORMAT: str(VERSION)}
@@ -248,11 +311,11 @@ def _write(
         raise ArtifactError(
             f"the weights cannot be stored as safetensors ({error}); their dtypes: {dtypes}"
         ) from error
-    (folder / GRAPH_FILE).write_text(_dumps(document), encoding="utf-8")
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
     # safetensors makes files that only their owner may read.
     shutil.copymode(folder / GRAPH_FILE, folder / WEIGHTS_FILE)
-    if plan is not None:
-        (folder / PLAN_FILE).write_bytes(plan.encode())
+    write_sums(folder)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
@@ -285,14 +348,14 @@ def _dump_record(record: Mapping[str, Any]) -> str:
 def _check_reads_back(folder: Path, document: Mapping[str, Any], tensors: TensorTable) -> None:
     """Load what was written and compare it, bit by bit, with what was to be written."""
     try:
-        again, found = _describe(load(folder, trust=document["trust"]), document["inputs"], None)
+        again, found = _describe(load(folder, trust=document["trust"]), document["inputs"])
     except ArtifactError as error:
         raise ArtifactError(f"the model could not be loaded again: {error}") from error
     different = [key for key in ("modules", "tensors") if again[key] != document[key]]
     different += [key for key, tensor in tensors.data.items() if not _same(tensor, found.data[key])]
     if different:
         raise ArtifactError(
-            f"the model would not be the same after loading: it differs in {_some(different)}"
+            f"the model would not be the same after loading: it differs in {some(different)}"
         )
 
 
@@ -302,18 +365,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*bits)
 
 
-def _move_into_place(folder: Path, target: Path, aside: Path) -> None:
-    """Rename ``folder`` to ``target``; what is there is put back if that fails."""
-    if target.exists():
-        target.rename(aside)
-    try:
-        folder.rename(target)
-    except OSError:
-        if aside.exists():
-            aside.rename(target)
-        raise
-
-
 def _read_document(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         there = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -321,7 +372,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
     file = folder / GRAPH_FILE
     if not file.is_file():
         found = {item.name for item in folder.iterdir()}
-        raise ArtifactError(f"{folder} has no {GRAPH_FILE} (it holds {_some(found)})")
+        raise ArtifactError(f"{folder} has no {GRAPH_FILE} (it holds {some(found)})")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -343,24 +394,3 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def _check_plan(file: Path, digest: Any) -> None:
-    """Refuse a folder whose plan is missing or not the one that its model was made by."""
-    if digest is None:
-        return
-    try:
-        found = _digest(file.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{file} cannot be read ({error}); the folder is incomplete") from error
-    if found != digest:
-        raise ArtifactError(f"{file} is damaged: it is not the plan that was saved with the model")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _some(names: Any) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "") or "nothing"

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from fxprune.capture.inputs import describe
 from fxprune.capture.record import tensors_of
 from fxprune.errors import ArgumentError, ExampleInputError, FxpruneError
-from fxprune.latency.clock import Run, interleaved
+from fxprune.latency.clock import interleaved
 from fxprune.latency.memory import peak_allocated, resident_bytes
 from fxprune.latency.runtimes import RUNTIMES, check_outputs
+from fxprune.runtimes.ready import Run
 
 
 @dataclass(frozen=True, slots=True)

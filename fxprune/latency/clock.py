@@ -1,7 +1,6 @@
 """Measure how long a call or a model takes."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,11 +8,9 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from fxprune.capture.inputs import bind_inputs
-from fxprune.capture.state import attributes_kept
 from fxprune.errors import ArgumentError
+from fxprune.runtimes.ready import Run, ready
 
-Run = Callable[[], Any]
 Clock = Callable[[], float]
 
 
@@ -52,26 +49,6 @@ def interleaved(
             for j in np.roll(np.arange(len(runs)), -k).tolist():
                 seconds[k, j] = timers[j].timeit(1).median
     return seconds
-
-
-@contextlib.contextmanager
-def ready(model: nn.Module, inputs: Any) -> Iterator[Run]:
-    """A call of the model in evaluation mode, without gradients; then the model is as it was."""
-    bound = bind_inputs(model, inputs)
-    modes = [(m, m.training) for m in model.modules()]
-    state = [(b, b.clone()) for b in model.buffers()]
-    with attributes_kept(model):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield lambda: model(*bound.args, **bound.kwargs)
-        finally:
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for buffer, content in state:
-                    if not torch.equal(buffer, content):
-                        buffer.copy_(content)
 
 
 def measure_latency(

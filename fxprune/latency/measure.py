@@ -17,13 +17,14 @@ from fxprune.coupling import analyze
 from fxprune.errors import ArgumentError, ArtifactError
 from fxprune.latency.cache import TimingCache
 from fxprune.latency.calls import Call, call_at, is_free, widths_at
-from fxprune.latency.clock import interleaved, median_seconds, ready
+from fxprune.latency.clock import interleaved, median_seconds
 from fxprune.latency.grid import Grid, Grids
 from fxprune.latency.operations import Operation, operations
 from fxprune.latency.overhead import python_seconds
 from fxprune.latency.replay import Layout, Replay, layouts, prepare
 from fxprune.latency.setting import Setting
 from fxprune.latency.steps import detect_step, levels, sweep
+from fxprune.runtimes.ready import ready
 
 TimeCall = Callable[[Call], float]
 # Shares of a width in a grid, by the number of axes.

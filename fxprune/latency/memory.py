@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fxprune.latency.clock import Run
+from fxprune.runtimes.ready import Run
 
 
 def peak_allocated(run: Run, device: torch.device) -> int:

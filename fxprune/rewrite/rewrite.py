@@ -1,5 +1,6 @@
 """``rewrite``: build the slim graph module that a plan describes."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,7 +111,19 @@ class _GraphRewriter:
                 self.holder.setdefault(result.id, new)
             self.slim_results[old.name] = self._slim_result(old, result)
         self._erase_what_became_dead(old_graph)
+        self._name_as_before()
         return self.graph
+
+    def _name_as_before(self) -> None:
+        """Copies have the names of what they copy, whatever was inserted meanwhile."""
+        names = {new: old.name for old, new in self.nodes.items()}
+        taken = set(names.values())
+        free = (name for k in itertools.count() if (name := f"slim_size_{k}") not in taken)
+        for node in self.graph.nodes:
+            if node in names:
+                node.name = names[node]
+            elif node.name in taken:
+                node.name = next(free)
 
     def _edit(self, old: fx.Node, new: fx.Node, result: Any) -> fx.Node:
         if isinstance(result, Ref):

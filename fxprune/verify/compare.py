@@ -160,7 +160,7 @@ class _Trial:
         """Allowed difference as a share of the output's scale."""
         if self.tolerance is not None:
             return self.tolerance
-        original, slim = _precision(self.deps.traced.graph_module), _precision(self.slim)
+        original, slim = precision(self.deps.traced.graph_module), precision(self.slim)
         if self.double and original == slim:  # converted models differ by their own rounding
             return TOLERANCES[torch.float64]
         return max(TOLERANCES[original], TOLERANCES[slim])
@@ -266,7 +266,7 @@ class _Trial:
         return Verdict(ok, found.error, found.scale, self.limit, self.approximate, message)
 
 
-def _precision(model: nn.Module) -> torch.dtype:
+def precision(model: nn.Module) -> torch.dtype:
     """The coarsest floating dtype among a model's tensors."""
     found = {t.dtype for t in (*model.parameters(), *model.buffers())} & TOLERANCES.keys()
     return max(found, key=TOLERANCES.__getitem__, default=torch.float32)
