@@ -12,7 +12,7 @@ from fxprune.capture.batches import as_list
 from fxprune.capture.eager import FIXED_CALLS
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, VerificationError
-from fxprune.export.inplace import module_sizes, slim_copy
+from fxprune.export.inplace import slim_copy
 from fxprune.importance import CPMC, Criterion
 from fxprune.planning import Allocation, PruningPlan, plan
 from fxprune.planning.budget import Share, parse_share
@@ -298,7 +298,7 @@ def _slimmed(
     """A slim graph, or where there is none a pruned copy of the model itself."""
     if traced.frontend != "eager":
         return rewrite(traced, chosen, other_weights="allow")  # they are those of the plan
-    return slim_copy(model, chosen, module_sizes(model, chosen, example_inputs))
+    return slim_copy(model, chosen, example_inputs, traced)[0]
 
 
 def _verified(traced: TracedModel, slim: nn.Module, chosen: PruningPlan) -> Verdict:

@@ -69,7 +69,7 @@ def corrected(planner: Planner) -> Planner:
     def plan(deps: DependencyGraph, scores: Tensor, **options: Any) -> PruningPlan:
         def slimmed(share: float) -> tuple[PruningPlan, nn.Module]:
             chosen = planner(deps, scores, **{**options, "latency": share})
-            return chosen, rewrite(deps.traced, chosen)
+            return chosen, rewrite(deps.traced, chosen, other_weights="allow")  # those of the plan
 
         goal = options.get("latency")
         given = options.get("latency_table") is not None

@@ -18,8 +18,8 @@ from fxprune.errors import ArgumentError, CaptureError, FingerprintError, Verifi
 from fxprune.export.checkpoint import slim_checkpoint
 from fxprune.planning import PruningPlan
 from fxprune.planning.provenance import check_weights
-from fxprune.rewrite.inplace import shrink, sizes_by_module, slim_state_dict
-from fxprune.verify import verify
+from fxprune.rewrite.inplace import SizeChanges, shrink, size_changes, slim_state_dict
+from fxprune.verify import Verdict, verify
 
 
 def apply_plan(
@@ -76,11 +76,11 @@ def apply_plan(
         return state
     named = dict(model.named_parameters())
     check_weights(plan, named, named.__getitem__, other_weights)
-    sizes: dict[str, dict[int, int]] = {}
+    sizes = SizeChanges()
     if example_inputs is not None:
-        sizes = module_sizes(model, plan, example_inputs)
-        slim = slim_copy(model, plan, sizes)
-        verdict = verify(_captured_like(model, plan, example_inputs), slim, plan)
+        _, sizes, verdict = slim_copy(
+            model, plan, example_inputs, _captured_like(model, plan, example_inputs)
+        )
         if not verdict.ok:
             raise VerificationError(
                 f"{type(model).__name__} cannot be pruned in place: {verdict}. Its code may hold "
@@ -91,21 +91,24 @@ def apply_plan(
     return model
 
 
-def module_sizes(
-    model: nn.Module, plan: PruningPlan, example_inputs: Any
-) -> dict[str, dict[int, int]]:
-    """Which sizes become which, per module (see ``rewrite.inplace.sizes_by_module``)."""
-    return sizes_by_module(analyze(trace(model, example_inputs, "eager")), plan)
-
-
 def slim_copy(
-    model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int, int]]
-) -> nn.Module:
-    """A pruned copy of a model; the model itself is not modified."""
-    with torch.no_grad():
-        slim = copy.deepcopy(model)
-    shrink(slim, plan, sizes)
-    return slim
+    model: nn.Module, plan: PruningPlan, example_inputs: Any, captured: TracedModel
+) -> tuple[nn.Module, SizeChanges, Verdict]:
+    """A pruned copy of a model, which is not modified; how its attributes changed; and the verdict.
+
+    If attributes are equal of which one changes, the first choice that passes is taken; the
+    verdict is that of the first of all if none does.
+    """
+    changes = size_changes(analyze(trace(model, example_inputs, "eager")), plan)
+    tried = []
+    for reading in changes.readings(model):
+        with torch.no_grad():
+            slim = copy.deepcopy(model)
+        shrink(slim, plan, reading)
+        tried.append((slim, reading, verify(captured, slim, plan)))
+        if tried[-1][2].ok:
+            return tried[-1]
+    return tried[0]
 
 
 def _captured_like(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> TracedModel:

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from fxprune.planning.plan import PruningPlan
 from fxprune.rewrite.modules import set_sizes
 from fxprune.rewrite.shapes import SlimShapes
 from fxprune.rewrite.weights import slim_tensor, slim_tensors
+
+_MOST_READINGS = 32  # of attributes that are equal, before giving up
 
 
 def slim_state_dict(
@@ -38,7 +42,42 @@ def slim_state_dict(
     return {name: touched.get(id(t), t) for name, t in state.items()}
 
 
-def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int, int]]) -> None:
+Attribute = tuple[type, str]  # class and name
+
+
+@dataclass(frozen=True, slots=True)
+class SizeChanges:
+    """Which whole numbers among the attributes of an author's modules become which.
+
+    Attributes:
+        by_module: old to new numbers, per module path.
+        held: attributes that stay as they are, although they equal a number that changes: two heads
+            of two channels each, of which one head goes.
+    """
+
+    by_module: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    held: frozenset[Attribute] = frozenset()
+
+    def readings(self, model: nn.Module) -> list["SizeChanges"]:
+        """This one, and where attributes of one module are equal, those that hold some of them.
+
+        Only a trial can tell which of them it is that the code of the class means.
+        """
+        equal: set[Attribute] = set()
+        for path, module in model.named_modules():
+            names: dict[int, list[str]] = defaultdict(list)
+            for name, value in vars(module).items():
+                if type(value) is int and value in self.by_module.get(path, {}):
+                    names[value].append(name)
+            equal |= {
+                (type(module), n) for alike in names.values() if len(alike) > 1 for n in alike
+            }
+        ordered = sorted(equal, key=lambda a: (a[0].__qualname__, a[1]))
+        subsets = (c for k in range(len(ordered) + 1) for c in combinations(ordered, k))
+        return [replace(self, held=frozenset(c)) for c in islice(subsets, _MOST_READINGS)]
+
+
+def shrink(model: nn.Module, plan: PruningPlan, sizes: SizeChanges) -> None:
     """Slice every tensor of a model in place and make its modules say so.
 
     Parameters stay the same objects, so ties and references to them survive; their gradients go.
@@ -46,7 +85,7 @@ def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int,
     Args:
         model: the model.
         plan: what to keep.
-        sizes: per module path, which whole numbers among its attributes become which.
+        sizes: which numbers among the attributes of modules follow.
 
     Raises:
         PlanError: a tensor of the plan is missing, or has another size.
@@ -65,7 +104,7 @@ def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int,
         tensor.data = slim[id(tensor)].data
         tensor.grad = None
     for path, module in model.named_modules():
-        _shrink_module(module, groups.get(path), sizes.get(path, {}))
+        _shrink_module(module, groups.get(path), sizes.by_module.get(path, {}), sizes.held)
 
 
 def check_sizes(plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -110,7 +149,12 @@ def _groups(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
     return found
 
 
-def _shrink_module(module: nn.Module, groups: int | None, sizes: Mapping[int, int]) -> None:
+def _shrink_module(
+    module: nn.Module,
+    groups: int | None,
+    sizes: Mapping[int, int],
+    held: frozenset[Attribute],
+) -> None:
     if groups is not None:
         setattr(module, "num_groups" if isinstance(module, nn.GroupNorm) else "groups", groups)
     set_sizes(module)
@@ -123,11 +167,11 @@ def _shrink_module(module: nn.Module, groups: int | None, sizes: Mapping[int, in
         module.num_features = sizes.get(width, width) if weight is None else width
     elif not type(module).__module__.startswith("torch.nn.modules."):
         for name, value in vars(module).items():
-            if type(value) is int and value in sizes:
+            if type(value) is int and value in sizes and (type(module), name) not in held:
                 setattr(module, name, sizes[value])
 
 
-def sizes_by_module(deps: DependencyGraph, plan: PruningPlan) -> dict[str, dict[int, int]]:
+def size_changes(deps: DependencyGraph, plan: PruningPlan) -> SizeChanges:
     """Which sizes become which, per module whose code meets them.
 
     Args:
@@ -143,10 +187,12 @@ def sizes_by_module(deps: DependencyGraph, plan: PruningPlan) -> dict[str, dict[
             for old, new in zip(before, shapes.shape(value), strict=True):
                 if old != new:
                     changes[record.scope][old].add(new)
-    return {
-        path: {old: new.pop() for old, new in sizes.items() if len(new) == 1}
-        for path, sizes in changes.items()
-    }
+    return SizeChanges(
+        {
+            path: {old: new.pop() for old, new in sizes.items() if len(new) == 1}
+            for path, sizes in changes.items()
+        }
+    )
 
 
 def _values(record: Record) -> Iterator[int]:
