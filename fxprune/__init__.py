@@ -11,6 +11,7 @@ True
 
 from fxprune.api import ChannelPruning, PruneResult, prune, reconstruct
 from fxprune.capture import TracedModel, trace
+from fxprune.checkpoint import Checkpoint
 from fxprune.coupling import DependencyGraph, Group, analyze
 from fxprune.errors import (
     ArgumentError,
@@ -23,12 +24,23 @@ from fxprune.errors import (
     FingerprintError,
     FxpruneError,
     NonFiniteError,
+    OtherWeightsWarning,
     PlanError,
     Refusal,
     RewriteError,
     VerificationError,
 )
-from fxprune.export import Exported, apply_plan, export, load, save, timm_shapes
+from fxprune.export import (
+    Exported,
+    apply_plan,
+    broadcast_plan,
+    export,
+    load,
+    prune_ema,
+    prune_optimizer,
+    save,
+    timm_shapes,
+)
 from fxprune.importance import (
     CPMC,
     FPGM,
@@ -51,7 +63,7 @@ from fxprune.iterative import prune_iteratively
 from fxprune.latency import LatencyTable, latency_ratio, measure_latency
 from fxprune.ops import rules
 from fxprune.ops.registry import register_rule
-from fxprune.planning import Optimal, PruningPlan
+from fxprune.planning import Optimal, PlanDiff, PruningPlan, compose, diff_plans
 from fxprune.recovery import (
     HGSR,
     LASSO,
@@ -80,8 +92,7 @@ from fxprune.sensitivity import CIE, Curve, Evaluation, Sensitivity, sensitivity
 from fxprune.sharing import share_weights
 from fxprune.timed import plan
 from fxprune.verify import Verdict, verify
-
-__version__ = "0.1.0"
+from fxprune.version import __version__ as __version__
 
 __all__ = [
     "CIE",
@@ -100,6 +111,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "ChannelPruning",
+    "Checkpoint",
     "Curve",
     "DependencyGraph",
     "DependencySparsity",
@@ -128,6 +140,8 @@ __all__ = [
     "NonFiniteError",
     "Normalised",
     "Optimal",
+    "OtherWeightsWarning",
+    "PlanDiff",
     "PlanError",
     "PruneResult",
     "PruningPlan",
@@ -144,9 +158,12 @@ __all__ = [
     "VerificationError",
     "analyze",
     "apply_plan",
+    "broadcast_plan",
     "collect_evidence",
+    "compose",
     "decompose_channels",
     "decompose_spatial",
+    "diff_plans",
     "export",
     "factorize_linear",
     "finetune",
@@ -155,7 +172,9 @@ __all__ = [
     "measure_latency",
     "plan",
     "prune",
+    "prune_ema",
     "prune_iteratively",
+    "prune_optimizer",
     "recalibrate",
     "reconstruct",
     "register_rule",

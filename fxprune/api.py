@@ -162,7 +162,7 @@ def prune_traced(
         scores = criterion(deps)
 
         def slimmed(share: Share | None) -> tuple[PruningPlan, nn.Module]:
-            chosen = plan(deps, scores, **{**options, "latency": share})
+            chosen = plan(deps, scores, criterion=criterion, **{**options, "latency": share})
             return chosen, _slimmed(captured, chosen, model, example_inputs)
 
         goal = options.get("latency")
@@ -297,7 +297,7 @@ def _slimmed(
 ) -> nn.Module:
     """A slim graph, or where there is none a pruned copy of the model itself."""
     if traced.frontend != "eager":
-        return rewrite(traced, chosen)
+        return rewrite(traced, chosen, other_weights="allow")  # they are those of the plan
     return slim_copy(model, chosen, module_sizes(model, chosen, example_inputs))
 
 

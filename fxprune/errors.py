@@ -43,6 +43,10 @@ class FingerprintError(PlanError):
     """A plan made for another model."""
 
 
+class OtherWeightsWarning(UserWarning):
+    """A plan whose channels were chosen by some weights is carried out on others."""
+
+
 class RewriteError(FxpruneError):
     """The slim graph does not have the shapes that the plan predicts; nothing was changed."""
 

@@ -19,8 +19,7 @@ from fxprune.ops.labels import IntArray
 from fxprune.planning import Allocation
 from fxprune.planning.budget import BoolArray, Share
 from fxprune.planning.build import describe
-from fxprune.planning.check import kept_channels
-from fxprune.planning.compose import original_channels
+from fxprune.planning.compose import carried_over, original_channels
 from fxprune.planning.request import (
     LatencySource,
     Request,
@@ -142,7 +141,11 @@ def prune_iteratively(
         current = _trained(train, result, step)
     written = {**request.written, "steps": steps, "schedule": schedule}
     alive = way.kept(results[-1])
-    chosen = describe(deps, alive, written, request.kept, request.budgets)
+    chosen = replace(
+        describe(deps, alive, written, request.kept, request.budgets),
+        weights=results[0].plan.weights,
+        provenance=results[0].plan.provenance,
+    )
     return replace(
         results[-1], model=current, plan=chosen, deps=deps, traced=traced, steps=tuple(results)
     )
@@ -195,17 +198,12 @@ class _Way:
 
     def kept(self, result: PruneResult) -> BoolArray:
         """Channels of the original that are left after a step, [deps.n_channels]."""
-        gone = self.origin[~kept_channels(result.deps, result.plan)]
-        alive = self.alive.copy()
-        alive[gone[gone >= 0]] = False
-        return alive
+        return carried_over(self.deps, self.alive, result.plan)
 
     def onward(self, result: PruneResult, captured: Any) -> "_Way":
         """The way after a step, at a new capture of its model."""
-        now = analyze(captured)
-        before = original_channels(result.deps, result.plan, now)
-        origin = np.where(before >= 0, np.append(self.origin, -1)[before], -1)
-        return _Way(self.deps, self.kept(result), now, origin)
+        now, alive = analyze(captured), self.kept(result)
+        return _Way(self.deps, alive, now, original_channels(self.deps, alive, now))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

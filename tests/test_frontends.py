@@ -399,3 +399,18 @@ def test_gradients_of_pruned_parameters_go_and_ties_stay():
     assert model.words.weight is model.head.weight
     assert model.words.weight.grad is None
     assert model.words.embedding_dim == model.words.weight.shape[1]
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", ["film", "fused_attention", "residual", "elman"])
+def test_names_come_in_the_order_of_the_author(name, frontend, tmp_path):
+    """States of optimizers are by position; a graph meets layers in another order."""
+    model, inputs = build(name), ZOO[name].inputs()
+    traced = fp.trace(model, inputs, frontend)
+    deps = fp.analyze(traced)
+    slim = fp.rewrite(traced, fp.plan(deps, fp.L1()(deps), ratios=0.5))
+    fp.save(slim, tmp_path / "slim")
+    for made in (traced.graph_module, slim, fp.load(tmp_path / "slim")):
+        assert list(made.state_dict()) == [n for n in model.state_dict() if n in made.state_dict()]
+        order = [n for n, _ in made.named_parameters()]
+        assert order == [n for n, _ in model.named_parameters() if n in order]

@@ -38,7 +38,7 @@ def export_graph(model: nn.Module, inputs: BoundInputs) -> tuple[fx.GraphModule,
         graph = builder.run()
         held = {**builder.held, **_tied_names(model, builder.held)}
         name = type(model).__name__
-        graph_module = build_graph_module(held, graph, name, set(model.state_dict()))
+        graph_module = build_graph_module(held, graph, name, model)
     except UnsupportedError as error:
         raise CaptureError(f"{type(model).__name__} was exported, but {error}") from error
     return graph_module, replace(inputs, placeholders=tuple(builder.values))

@@ -81,7 +81,7 @@ def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
             parked = {k: v for k, v in vars(model).items() if k not in before}
         vars(model).update(parked)  # constant tensors of the code, which fx parks on the model
         _drop_specialisation_asserts(graph)
-        return build_graph_module(model, graph, type(model).__name__, set(model.state_dict()))
+        return build_graph_module(model, graph, type(model).__name__, model)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced symbolically: {type(error).__name__}: "
@@ -118,21 +118,38 @@ _PLAIN_HOMES = frozenset({"torch", "_operator", "builtins", "math"})
 
 
 def build_graph_module(
-    root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str, persistent: set[str]
+    root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str, like: nn.Module
 ) -> fx.GraphModule:
-    """A GraphModule whose state_dict holds the names in ``persistent`` and no others.
+    """A GraphModule whose state_dict has the names that ``like`` has, in its order, and no others.
 
-    fx registers every tensor it copies as a persistent buffer: constants of the code and buffers
-    that the author kept out of the state_dict would turn up there.
+    fx registers every tensor it copies as a persistent buffer, so constants of the code and buffers
+    that the author kept out of the state_dict would turn up there; and it registers in the order in
+    which the graph comes across things, which the states of optimizers do not know.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lint's remark on attributes that are not tensors
         graph_module = fx.GraphModule(root, graph, class_name)
+    persistent = set(like.state_dict())
     for path, module in graph_module.named_modules():
         for name in module._buffers:
             if (f"{path}.{name}" if path else name) not in persistent:
                 module._non_persistent_buffers_set.add(name)
+    _order_like(graph_module, like)
     return graph_module
+
+
+def _order_like(module: nn.Module, like: nn.Module) -> None:
+    """Bring what a module holds in the order of another one; what that lacks comes last."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        held, rank = vars(module)[kind], {n: k for k, n in enumerate(vars(like)[kind])}
+        ordered = sorted(held.items(), key=lambda item: rank.get(item[0], len(rank)))
+        if ordered != list(held.items()):
+            held.clear()
+            held.update(ordered)
+    for name, child in module.named_children():
+        other = like._modules.get(name)
+        if other is not None and other is not child:
+            _order_like(child, other)
 
 
 def _drop_specialisation_asserts(graph: fx.Graph) -> None:

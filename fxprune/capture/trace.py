@@ -4,7 +4,7 @@ import contextlib
 import copy
 import fnmatch
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.state import attributes_kept
+from fxprune.capture.stored import stored_weights
 from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
@@ -34,6 +35,7 @@ def trace(
     frontend: str = "auto",
     *,
     opaque: str | Iterable[str] = (),
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> TracedModel:
     """Capture a model as a graph plus a record of the ATen operators that it executes.
 
@@ -49,12 +51,15 @@ def trace(
             fails or leaves layers opaque that export opens, eager where neither gives a graph.
         opaque: modules to leave alone, by name or glob: nothing inside them changes, and channels
             that run through them are kept.
+        weights: for a model on the ``meta`` device, where its parameters are read from when a
+            criterion asks for them: a ``Checkpoint``, or another mapping from names to tensors.
 
     Raises:
         ExampleInputError: the model does not run on the inputs.
         NonFiniteError: a parameter or buffer holds NaN or infinity.
         CaptureError: no graph could be captured, or it computes something else than the model.
-        ArgumentError: ``model`` is no module, ``frontend`` is unknown, or ``opaque`` names nothing.
+        ArgumentError: ``model`` is no module, ``frontend`` is unknown, ``opaque`` names nothing,
+            or ``weights`` lacks a parameter or has it in another shape.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -62,6 +67,7 @@ def trace(
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend={frontend!r} is unknown; choose one of {FRONTENDS}")
     left_alone = _matching_modules(model, opaque)
+    stored = None if weights is None else stored_weights(model, weights)
     named = list(_named(model))
     _check_initialised(named)
     _check_finite(named)
@@ -76,7 +82,7 @@ def trace(
         session = _Session(model, inputs, named, eager, kernels)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
-    return replace(captured, opaque=left_alone) if left_alone else captured
+    return replace(captured, opaque=left_alone, weights=stored)
 
 
 @contextlib.contextmanager
@@ -290,6 +296,12 @@ def _record(
 
 def _compare_outputs(model: nn.Module, graph_module: fx.GraphModule, inputs: BoundInputs) -> None:
     """The recordings differ (say, dead code was dropped): let the numbers decide, on copies."""
+    if any(t.is_meta for _, _, t in _named(model)):
+        raise CaptureError(
+            f"whether the graph captured from {type(model).__name__} is the model cannot be told: "
+            "their operators differ, and on the meta device there are no outputs to compare; "
+            "capture a small instance of it on the CPU to see why"
+        )
     given = copy.deepcopy((inputs.args, inputs.kwargs, inputs.placeholders))
     args, kwargs, placeholders = given
     with torch.no_grad():

@@ -3,12 +3,15 @@
 These types hold facts only; nothing here runs a model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
+
+from fxprune.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class TracedModel:
         opaque: paths of modules that are left alone; channels that touch them are kept.
         fixed_calls: operators whose sizes and positions the model's code holds for good; for eager
             captures, whose code nobody can edit.
+        weights: where the content of parameters on the ``meta`` device is read from, by name.
         derived: what was computed from this capture once and is needed again (its dependency
             graph); never part of the capture itself.
     """
@@ -94,6 +98,7 @@ class TracedModel:
     why: str = ""
     opaque: tuple[str, ...] = ()
     fixed_calls: frozenset[str] = frozenset()
+    weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -106,3 +111,23 @@ class TracedModel:
         """Parameters, then buffers, of the graph; each tensor once, under its first name."""
         named = (*self.graph_module.named_parameters(), *self.graph_module.named_buffers())
         return dict(named)
+
+    def holds(self, name: str) -> bool:
+        """Whether the content of a parameter or buffer is known."""
+        return not self.tensors[name].is_meta or name in (self.weights or ())
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A parameter or buffer without its history; of one on the meta device, what is stored.
+
+        Raises:
+            ArgumentError: it is on the meta device, and nothing is stored under its name.
+        """
+        tensor = self.tensors[name].detach()
+        if not tensor.is_meta:
+            return tensor
+        if self.weights is None or name not in self.weights:
+            raise ArgumentError(
+                f"{name} is on the meta device and holds no weights to rank by; trace the model "
+                "with weights=fxprune.Checkpoint(path) to read them from a checkpoint"
+            )
+        return self.weights[name]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fxprune as fp
+from fxprune.cli import plan_commands
 from fxprune.cli.bench import bench_data, bench_report, bench_setting
 from fxprune.cli.calibration import read_calibration
 from fxprune.cli.data import inspection, outcome, verdict_data
@@ -95,6 +96,10 @@ def _sensitivity(options: argparse.Namespace) -> tuple[bool, str]:
     return scanned(fp.analyze(_traced(options.model, options)), _criterion(options, None), options)
 
 
+def _compose(options: argparse.Namespace) -> tuple[bool, str]:
+    return plan_commands.compose(fp.analyze(_traced(options.model, options)), options)
+
+
 def _export(options: argparse.Namespace) -> tuple[bool, str]:
     model, inputs = _model(options.model, options)
     done, problems = written(model, inputs, options, _say)
@@ -112,6 +117,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "sensitivity": _sensitivity,
     "verify": _verify,
     "bench": _bench,
+    "apply": plan_commands.apply,
+    "compose": _compose,
+    "diff": plan_commands.diff,
     "export": _export,
 }
 

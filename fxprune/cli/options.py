@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from fxprune.cli import sensitivity
+from fxprune.cli import plans, sensitivity
 
 MODELS = """\
 MODEL is one of
@@ -18,6 +18,8 @@ examples
   fxprune prune torchvision/resnet18 --flops 50% --out slim
   fxprune verify slim --against torchvision/resnet18
   fxprune bench slim --against torchvision/resnet18
+  fxprune apply plan.json model.safetensors --out slim.safetensors
+  fxprune diff plan.json other.json
   fxprune export slim --format pt2,onnx --check
 """
 _EXIT_STATUS = """\
@@ -84,6 +86,15 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--against", metavar="MODEL", required=True, help="the original")
     _add_bench_options(bench)
     _add_model_options(bench)
+
+    apply = _command(commands, "apply", "carry a plan out on a checkpoint, tensor by tensor")
+    compose = _command(commands, "compose", "make one plan of several that followed each other")
+    diff = _command(commands, "diff", "show what two plans keep differently")
+    for command, name in ((apply, "apply"), (compose, "compose"), (diff, "diff")):
+        plans.add_options(name, command)
+    _add_model_options(compose)
+    _add_report_options(apply)
+    _add_report_options(diff)
 
     export = _command(commands, "export", "write a model for other runtimes, and run it there")
     export.add_argument("model", metavar="MODEL", help="usually a folder that prune --out wrote")
@@ -246,6 +257,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="let a saved model use the code of an installed package; repeatable",
     )
+    _add_report_options(command)
+
+
+def _add_report_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
 

@@ -152,6 +152,16 @@ class DependencyGraph:
         return self.traced.tensors
 
     @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Further names of tied tensors, and the one that ``tensors`` has them under."""
+        module, first = self.traced.graph_module, {id(t): n for n, t in self.tensors.items()}
+        named = (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        )
+        return {name: first[id(t)] for name, t in named if name not in self.tensors}
+
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of names, shapes and couplings: equal for models that a plan fits alike."""
         digest = hashlib.sha256()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.capture.record import return_aliases, written_arguments
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
 from fxprune.ops.call import JOINT, Call, Operand, base_name, schema_arguments
@@ -113,6 +114,9 @@ def _apply(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> N
     call = _make_call(traced, index, record, ledger)
     operands = list(call.operands())
     constant = all(o.weight or o.data is not None for o in operands)
+    _note_views(record, ledger)
+    if not constant and record.op._schema.is_mutable:
+        _note_write(record, ledger)
     if constant and any(o.weight for o in operands):
         ledger.weights.update(r for r in call.results if r is not None)
     rule = rule_for(record.op)
@@ -126,6 +130,23 @@ def _apply(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> N
     for result, labels in zip(call.results, outputs, strict=False):
         if result is not None and traced.values[result].kind not in ("parameter", "buffer"):
             ledger.values[result] = labels
+
+
+def _note_views(record: Record, ledger: Ledger) -> None:
+    """Remember which values lie in the same memory: views, and what they are views of."""
+    operands = _refs(record.args)
+    if operands and any(alias is not None for alias in return_aliases(record.op)):
+        shared = ledger.memory.setdefault(operands[0].id, {operands[0].id})
+        for ref in record.outputs:
+            if ref is not None:
+                shared.add(ref.id)
+                ledger.memory[ref.id] = shared
+
+
+def _note_write(record: Record, ledger: Ledger) -> None:
+    """Weights that activations were written to are weights no longer, nor are their views."""
+    for ref in _refs(written_arguments(record.op, record.args, record.kwargs)):
+        ledger.weights -= ledger.memory.get(ref.id, {ref.id})
 
 
 def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> Call:

@@ -111,7 +111,7 @@ def _method(target: Any, owner: nn.Module, names: Names) -> str:
 
 
 def _path(target: Any, owner: nn.Module, names: Names) -> str:
-    """A dotted path to a submodule or tensor below ``owner``."""
+    """A dotted path to a submodule or tensor below ``owner``, or to the mode of a submodule."""
     parts = str(target).split(".")
     found: Any = owner
     for part in parts:
@@ -119,7 +119,8 @@ def _path(target: Any, owner: nn.Module, names: Names) -> str:
         # Names that are no identifiers reach the source as getattr(..., "name").
         if not part.isprintable() or '"' in part or "\\" in part:
             found = None
-    if not isinstance(found, torch.Tensor | nn.Module):
+    mode = isinstance(found, bool) and parts[-1] == "training"  # a layer taken apart still obeys it
+    if not mode and not isinstance(found, torch.Tensor | nn.Module):
         raise ArtifactError(f"{target!r} is neither a submodule nor a tensor of the model")
     return str(target)
 

@@ -1,6 +1,7 @@
 """Criteria that look at the size of weights, and the random baseline."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -141,6 +142,8 @@ class Random:
     Attributes:
         seed: same seed, same scores; the global random state is not touched.
     """
+
+    reads_weights: ClassVar[bool] = False
 
     seed: int = 0
 

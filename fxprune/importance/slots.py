@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fxprune.coupling.graph import DependencyGraph, ParameterAxis
-from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.errors import NonFiniteError
 from fxprune.importance.criterion import (
     PRODUCERS,
     UNJUDGED,
@@ -36,6 +36,8 @@ _COMBINE: dict[str, tuple[float, _Combine]] = {
     "first": (0.0, lambda before, new, count: np.where(count == 0, new, before)),
 }
 REDUCTIONS = tuple(_COMBINE)
+
+PART = 2**24  # weights of a parameter in a file that are worked on at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,13 @@ def over_weights(
     """
     pool = Pool(deps.n_channels, reduction)
     for name, axes in axes_of_parameters(deps, roles):
-        sizes = _summed_behind(cells(name, weight_data(deps, name)), max(a.axis for a in axes))
-        for axis in axes:
-            values = per_position(sizes, axis)
+        last, found = max(a.axis for a in axes), list[list[FloatArray]]()
+        for part in _in_parts(deps, name, axes):
+            sizes = _summed_behind(cells(name, part), last)
+            found.append([per_position(sizes, axis) for axis in axes])
+        for axis, parts in zip(axes, zip(*found, strict=True), strict=True):
+            whole = len(parts) == 1
+            values = parts[0] if whole else np.concatenate(parts) if axis.axis == 0 else sum(parts)
             check_finite(deps, name, values)
             share = values.size / deps.tensors[name].numel() if mean else 1.0
             pool.add(axis.channels, values * share, each)
@@ -172,12 +178,25 @@ def weight_data(deps: DependencyGraph, name: str) -> torch.Tensor:
     """A parameter without its history, at least float32.
 
     Raises:
-        ArgumentError: it is on the meta device.
+        ArgumentError: it is on the meta device, and no checkpoint is there to read it from.
     """
-    weight = deps.tensors[name].detach()
-    if weight.is_meta:
-        raise ArgumentError(f"{name} is on the meta device and holds no weights to rank by")
+    weight = deps.traced.weight(name)
     return weight if weight.dtype.itemsize >= 4 else weight.float()
+
+
+def _in_parts(
+    deps: DependencyGraph, name: str, axes: Sequence[ParameterAxis]
+) -> Iterator[torch.Tensor]:
+    """A parameter as ``weight_data`` gives it; one that is read from a file by some rows each.
+
+    Rows are apart unless channels lie on rows and columns alike, or on columns of groups of rows.
+    """
+    weight = deps.traced.weight(name)
+    together = any(a.blocks > 1 for a in axes) or _meet(deps, axes)
+    whole = together or not deps.tensors[name].is_meta
+    n_rows = len(weight) if whole else max(PART * len(weight) // weight.numel(), 1)
+    for part in weight.split(n_rows):
+        yield part if part.dtype.itemsize >= 4 else part.float()
 
 
 def check_finite(deps: DependencyGraph, name: str, values: FloatArray) -> None:
@@ -222,19 +241,24 @@ def _prunable(channels: IntArray, n_channels: int) -> npt.NDArray[np.bool_]:
     return (channels >= 0) & (channels < n_channels)
 
 
+def _meet(deps: DependencyGraph, axes: Sequence[ParameterAxis]) -> bool:
+    """Whether a channel lies on both of two axes."""
+    if len(axes) != 2 or any(a.blocks > 1 for a in axes):
+        return False
+    first, second = (a.channels[_prunable(a.channels, deps.n_channels)] for a in axes)
+    on_first = np.zeros(deps.n_channels, dtype=bool)
+    on_first[first] = True
+    return bool(on_first[second].any())
+
+
 def _crossings(
     deps: DependencyGraph, axes: Sequence[ParameterAxis], sizes: torch.Tensor
 ) -> tuple[IntArray, FloatArray]:
     """Channels with a weight in a row and in a column of their own, and minus its value."""
-    nothing = np.empty(0, dtype=np.int64), np.empty(0)
-    if len(axes) != 2 or any(a.blocks > 1 for a in axes):
-        return nothing
+    if not _meet(deps, axes):
+        return np.empty(0, dtype=np.int64), np.empty(0)
     first, second = sorted(axes, key=lambda a: a.axis)
-    here, there = (_prunable(a.channels, deps.n_channels) for a in (first, second))
-    on_first = np.zeros(deps.n_channels, dtype=bool)
-    on_first[first.channels[here]] = True
-    if not on_first[second.channels[there]].any():
-        return nothing
+    here = _prunable(first.channels, deps.n_channels)
     same = first.channels[:, None] == second.channels[None, :]
     at = np.nonzero(same & here[:, None])
     others = [k for k in range(sizes.ndim) if k not in (first.axis, second.axis)]

@@ -142,7 +142,8 @@ class Ledger:
     group_counts: dict[int, IntArray] = field(default_factory=dict)
     nonempty: list[IntArray] = field(default_factory=list)
     values: dict[int, Labels] = field(default_factory=dict)
-    weights: set[int] = field(default_factory=set)
+    weights: set[int] = field(default_factory=set)  # values that are computed from weights alone
+    memory: dict[int, set[int]] = field(default_factory=dict)  # value -> all in the same memory
     _owners: list[tuple[int, str, int]] = field(default_factory=list)
 
     def fresh(self, n: int) -> IntArray:

@@ -1,6 +1,7 @@
 """``plan``: the entry point of planning."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.planning.allocation import Allocated, Allocation
 from fxprune.planning.budget import BoolArray, Budget, Share
 from fxprune.planning.plan import AxisPlan, GroupPlan, PruningPlan
+from fxprune.planning.provenance import provenance, weight_digests
 from fxprune.planning.request import (
     LatencySource,
     Request,
@@ -41,6 +43,7 @@ def plan(
     min_channels: int = 1,
     max_ratio: float | Mapping[str | int, float] = 0.9,
     approximate: bool = True,
+    criterion: object = None,
 ) -> PruningPlan:
     """Choose the channels to remove: the least important first, until every budget holds.
 
@@ -71,6 +74,9 @@ def plan(
         max_ratio: largest share of a group that may be removed, one for all or by group.
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too; False
             keeps them.
+        criterion: what the scores were made by, for the record. The plan keeps digests of the
+            weights, so that it can say when it is carried out on others, unless this criterion
+            reads none.
 
     Raises:
         ArgumentError: an option has no meaning.
@@ -99,7 +105,9 @@ def plan(
     if request.budgets:
         found = request.allocation.choose(problem)
     notes = _notes(deps, found.alive, request, stuck)
-    return describe(deps, found.alive, request.written, notes, request.budgets, found.facts)
+    chosen = describe(deps, found.alive, request.written, notes, request.budgets, found.facts)
+    weights = weight_digests(deps, criterion)
+    return replace(chosen, weights=weights, provenance=provenance(criterion))
 
 
 def check_budgets(deps: DependencyGraph, **options: Any) -> None:
@@ -177,6 +185,8 @@ def describe(
         )
         for k, g in enumerate(deps.groups)
     )
+    axes = axis_plans(deps, alive)
+    sliced = {axis.name for axis in axes}
     touched = [k for k, g in enumerate(groups) if len(g.kept) < g.width]
     approximate = sorted({n for k in touched for n in deps.groups[k].approximate})
     return PruningPlan(
@@ -185,9 +195,10 @@ def describe(
         reached=reached,
         groups=groups,
         frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),
-        axes=axis_plans(deps, alive),
+        axes=axes,
         approximate=tuple(approximate),
         search=dict(search or {}),
+        aliases={n: first for n, first in deps.aliases.items() if first in sliced},
     )
 
 

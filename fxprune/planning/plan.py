@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from tabulate import tabulate
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.files import replace_text
 from fxprune.planning.ranges import from_text, to_text
+from fxprune.version import __version__
 
-FORMAT = "fxprune-plan-1"
+FORMAT, VERSION = "fxprune-plan", 2
+_FIRST_FORMAT = "fxprune-plan-1"  # it had neither ``version`` nor weights, provenance and aliases
 _AMOUNTS: dict[str, Callable[[float], str]] = {
     "macs": lambda n: f"{n:,.0f} MACs",
     "params": lambda n: f"{n:,.0f} parameters",
@@ -69,12 +72,13 @@ class AxisPlan:
     kept: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PruningPlan:
     """A plan: replayable on any copy of the model that it was made for.
 
     Attributes:
-        fingerprint: digest of the model's couplings; another model is refused.
+        fingerprint: digest of the model's structure: names, shapes and couplings; another model is
+            refused.
         requested: the budgets and guards that were asked for.
         reached: ``macs``, ``macs_before``, ``params``, ``params_before``; with a budget on them,
             ``memory`` (bytes at the peak) and ``latency`` (seconds, as predicted) likewise; and
@@ -88,6 +92,11 @@ class PruningPlan:
             exceeds, whatever its widths. Of ``CIE``: ``damage``, the largest
             stand-alone damage that a group suffers, and ``unscanned``, how many channels went
             although the scan says nothing about so many.
+        weights: digest of every parameter that the channels were chosen by, by name; empty if the
+            choice read no weights, or for a plan of an older schema, which does not know.
+        provenance: ``fxprune`` and ``torch``, their versions, and ``criterion``, its name and
+            options; or ``composed``, what the plans that it was made of say.
+        aliases: further names of tensors that ``axes`` names, for tied ones.
     """
 
     fingerprint: str
@@ -98,25 +107,35 @@ class PruningPlan:
     axes: tuple[AxisPlan, ...]
     approximate: tuple[str, ...]
     search: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The plan as JSON; equal plans give equal text."""
+        """The plan as JSON, keys sorted, a line per entry; equal plans give equal text."""
         data = asdict(self)
         for entry in (*data["groups"], *data["axes"]):
             entry["kept"] = to_text(entry["kept"])
-        return json.dumps({"format": FORMAT, **data}, indent=1) + "\n"
+        data |= {"format": FORMAT, "version": VERSION}
+        return "{\n " + ",\n ".join(_lines(key, data[key]) for key in sorted(data)) + "\n}\n"
+
+    @cached_property
+    def axes_of(self) -> dict[str, tuple[AxisPlan, ...]]:
+        """The axes of every tensor that loses positions, by each of its names."""
+        found: dict[str, tuple[AxisPlan, ...]] = {}
+        for axis in self.axes:
+            found[axis.name] = (*found.get(axis.name, ()), axis)
+        return found | {alias: found[name] for alias, name in self.aliases.items()}
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
         """Read what ``to_json`` wrote.
 
         Raises:
-            PlanError: the text is no plan, or a plan of another format.
+            PlanError: the text is no plan, or one of a newer schema.
         """
         try:
-            data = json.loads(text)
-            if data.pop("format", None) != FORMAT:
-                raise PlanError(f"this is no {FORMAT} file")
+            data = _of_this_schema(json.loads(text))
             return cls(
                 fingerprint=str(data["fingerprint"]),
                 requested=dict(data["requested"]),
@@ -126,6 +145,9 @@ class PruningPlan:
                 axes=tuple(AxisPlan(**_read(a)) for a in data["axes"]),
                 approximate=tuple(data["approximate"]),
                 search=_numbers(data["search"]),
+                weights=_texts(data["weights"]),
+                provenance=dict(data["provenance"]),
+                aliases=_texts(data["aliases"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
@@ -179,6 +201,39 @@ def _numbers(data: dict[str, Any]) -> dict[str, float]:
     if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in data.values()):
         raise ValueError(f"numbers are needed in {data}")
     return dict(data)
+
+
+def _texts(data: dict[str, Any]) -> dict[str, str]:
+    if any(not isinstance(v, str) for v in data.values()):
+        raise ValueError(f"texts are needed in {data}")
+    return dict(data)
+
+
+def _of_this_schema(data: dict[str, Any]) -> dict[str, Any]:
+    if data["format"] == _FIRST_FORMAT:
+        return {**data, "weights": {}, "provenance": {}, "aliases": {}}
+    version = data.get("version")
+    if data["format"] != FORMAT or isinstance(version, bool) or not isinstance(version, int):
+        raise PlanError(f"this is no {FORMAT} file: it says {data['format']!r} {version!r}")
+    if version > VERSION:
+        raise PlanError(
+            f"the plan has schema version {version}, and fxprune {__version__} reads versions "
+            f"up to {VERSION}; it was written by a newer fxprune, which can read it"
+        )
+    return data
+
+
+def _lines(key: str, value: Any) -> str:
+    """One key of the file: a line, or where it holds many entries a line for each."""
+    head = f"{json.dumps(key)}: "
+    if isinstance(value, (list, tuple)) and value:
+        return head + "[\n  " + ",\n  ".join(json.dumps(v, sort_keys=True) for v in value) + "\n ]"
+    if isinstance(value, dict) and value:
+        entries = (
+            f"{json.dumps(k)}: {json.dumps(value[k], sort_keys=True)}" for k in sorted(value)
+        )
+        return head + "{\n  " + ",\n  ".join(entries) + "\n }"
+    return head + json.dumps(value)
 
 
 def _read(entry: dict[str, Any]) -> dict[str, Any]:

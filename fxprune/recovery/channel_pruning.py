@@ -100,7 +100,8 @@ def prune_channels(
         selector = _Selector(deps, fitted, inputs, shares, guards, sampled)
         done = Fitter(selector.pair, ridge, selector.prepare).run()
     chosen = guards.plan(deps, torch.from_numpy(selector.scores), selector.shares)
-    slim = rewrite(replace(traced, graph_module=fitted), chosen)  # couplings are the same
+    fit = replace(traced, graph_module=fitted)  # couplings are the same
+    slim = rewrite(fit, chosen, other_weights="allow")
     insert_samplers(slim, slim_positions(chosen, selector.read))
     why = selector.unseen
     noted = tuple(replace(g, note=g.note or why.get(g.name, "")) for g in chosen.groups)

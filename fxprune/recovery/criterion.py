@@ -81,7 +81,7 @@ class ReconstructionError:
             )
             slim = analyze(trace(fitted, deps.traced.args))
             alive = kept_channels(deps, chosen)
-            known = original_channels(deps, chosen, slim)
+            known = original_channels(deps, alive, slim)
             again = known[self._order(slim, inputs)]
             again = again[again >= 0]
             rest = np.setdiff1d(np.flatnonzero(alive), again)  # prunable only in the whole model

@@ -133,7 +133,7 @@ def check_ridge(ridge: float | None) -> None:
 def duplicate(model: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph module with tensors of its own and the same ``state_dict`` names."""
     root = copy.deepcopy(model)
-    copied = build_graph_module(root, root.graph, type(model).__name__, set(model.state_dict()))
+    copied = build_graph_module(root, root.graph, type(model).__name__, model)
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in copied.named_modules():
         module.training = modes[name]

@@ -13,10 +13,11 @@ from fxprune.coupling import DependencyGraph
 from fxprune.errors import PlanError
 from fxprune.ops.ledger import Role
 from fxprune.ops.sized_calls import CHANNEL_NORMS
+from fxprune.planning.compose import kept_by_axes
 from fxprune.planning.plan import PruningPlan
 from fxprune.rewrite.modules import set_sizes
 from fxprune.rewrite.shapes import SlimShapes
-from fxprune.rewrite.weights import slim_tensors
+from fxprune.rewrite.weights import slim_tensor, slim_tensors
 
 
 def slim_state_dict(
@@ -27,10 +28,14 @@ def slim_state_dict(
     Raises:
         PlanError: a tensor of the plan is missing, or has another size.
     """
-    _check_sizes(plan, state)
-    touched = {axis.name for axis in plan.axes}
-    slim = slim_tensors(((name, state[name]) for name in sorted(touched)), plan.axes)
-    return {name: slim[id(t)] if name in touched else t for name, t in state.items()}
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    check_sizes(plan, {name: tuple(t.shape) for name, t in tensors.items()})
+    touched = {
+        id(t): slim_tensor(t.detach(), plan.axes_of[n])
+        for n, t in tensors.items()
+        if n in plan.axes_of
+    }
+    return {name: touched.get(id(t), t) for name, t in state.items()}
 
 
 def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int, int]]) -> None:
@@ -52,7 +57,7 @@ def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int,
             *model.named_buffers(remove_duplicate=False),
         ]
     )
-    _check_sizes(plan, tensors)
+    check_sizes(plan, {name: tuple(t.shape) for name, t in tensors.items()})
     touched = {axis.name: tensors[axis.name] for axis in plan.axes}
     slim = slim_tensors(touched.items(), plan.axes)
     groups = _groups(model, plan)
@@ -63,17 +68,32 @@ def shrink(model: nn.Module, plan: PruningPlan, sizes: Mapping[str, Mapping[int,
         _shrink_module(module, groups.get(path), sizes.get(path, {}))
 
 
-def _check_sizes(plan: PruningPlan, tensors: Mapping[str, torch.Tensor]) -> None:
-    for axis in plan.axes:
-        tensor = tensors.get(axis.name)
-        if tensor is None:
-            raise PlanError(f"the plan prunes {axis.name}, which the model does not have")
-        size = tensor.shape[axis.axis] * axis.blocks if tensor.ndim > axis.axis else None
-        if size != axis.size:
-            raise PlanError(
-                f"the plan prunes axis {axis.axis} of {axis.name} of size {axis.size}; the model "
-                f"has {list(tensor.shape)}. A plan fits the model it was made for, unpruned"
-            )
+def check_sizes(plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that a plan was not made for.
+
+    Args:
+        plan: the plan.
+        shapes: what there is, by name.
+
+    Raises:
+        PlanError: a tensor of the plan is missing under all of its names, or has another size.
+    """
+    there = {plan.aliases.get(name, name) for name in shapes}
+    missing = [axis.name for axis in plan.axes if axis.name not in there]
+    if missing:
+        near = next((n for n in shapes if n.endswith(f".{missing[0]}")), None)
+        hint = (
+            f"; it has {near}: are its names those of a wrapper around the model?" if near else ""
+        )
+        raise PlanError(f"the plan prunes {missing[0]}, which the model does not have{hint}")
+    for name, shape in shapes.items():
+        for axis in plan.axes_of.get(name, ()):
+            size = shape[axis.axis] * axis.blocks if len(shape) > axis.axis else None
+            if size != axis.size:
+                raise PlanError(
+                    f"the plan prunes axis {axis.axis} of {name} of size {axis.size}; the model "
+                    f"has {list(shape)}. A plan fits the model it was made for, unpruned"
+                )
 
 
 def _groups(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
@@ -114,16 +134,8 @@ def sizes_by_module(deps: DependencyGraph, plan: PruningPlan) -> dict[str, dict[
         deps: dependency graph of an eager capture, whose records know their modules.
         plan: what to keep.
     """
-    alive = np.ones(deps.n_channels + 1, dtype=bool)
-    planned = {(axis.name, axis.axis): axis for axis in plan.axes}
-    for axis in deps.axes:
-        found = planned.get((axis.name, axis.axis))
-        if found is not None:
-            gone = np.setdiff1d(np.arange(found.size), found.kept)
-            channels = axis.channels[gone]
-            alive[channels[channels < deps.n_channels]] = False
-    alive[-1] = True
-    shapes = SlimShapes(deps, alive)
+    kept = {(axis.name, axis.axis): np.array(axis.kept) for axis in plan.axes}
+    shapes = SlimShapes(deps, np.append(kept_by_axes(deps, kept), True))
     changes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for record in deps.traced.records:
         for value in _values(record):

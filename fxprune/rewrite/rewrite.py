@@ -16,6 +16,7 @@ from fxprune.ops.ledger import Gather
 from fxprune.ops.sized_calls import CHANNEL_NORMS, DATA_ARGUMENT, SIZED, Kind, target_of
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
+from fxprune.planning.provenance import check_weights
 from fxprune.rewrite.constants import EDITORS, Site, slim_padding
 from fxprune.rewrite.modules import slim_tree
 from fxprune.rewrite.shapes import SlimShapes
@@ -23,7 +24,9 @@ from fxprune.rewrite.weights import slim_tensors
 
 
 @torch.inference_mode(mode=False)  # weights made in inference mode could never train
-def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
+def rewrite(
+    traced: TracedModel, plan: PruningPlan, *, other_weights: str = "warn"
+) -> fx.GraphModule:
     """A physically smaller model that equals the original with the removed channels switched off.
 
     The result is a trainable ``GraphModule`` with weights of its own, the state_dict names of the
@@ -32,9 +35,12 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
     Args:
         traced: the captured original, which is not modified.
         plan: what to keep.
+        other_weights: what to do if the plan was made by other weights of the same model: ``warn``,
+            ``allow`` or ``refuse``.
 
     Raises:
-        FingerprintError: the plan was made for another model.
+        FingerprintError: the plan was made for another model, or by other weights and they are to
+            be refused.
         PlanError: the plan contradicts itself.
         RewriteError: the plan keeps something that no tensor can hold.
     """
@@ -45,6 +51,7 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
         )
     deps = analyze(traced)
     alive = np.append(kept_channels(deps, plan), True)
+    check_weights(plan, traced.tensors, traced.tensors.__getitem__, other_weights)
     shapes = SlimShapes(deps, alive)
     original = traced.graph_module
     named = [
@@ -55,8 +62,7 @@ def rewrite(traced: TracedModel, plan: PruningPlan) -> fx.GraphModule:
     tensors = slim_tensors(((first_names[id(t)], t) for _, t in named), plan.axes)
     root = slim_tree(original, tensors, _module_groups(deps, shapes))
     graph = _GraphRewriter(deps, shapes, root).run()
-    persistent = set(original.state_dict())
-    slim = build_graph_module(root, graph, type(original).__name__, persistent)
+    slim = build_graph_module(root, graph, type(original).__name__, original)
     modes = {name: m.training for name, m in original.named_modules()}
     for name, module in slim.named_modules():
         module.training = modes.get(name, original.training)

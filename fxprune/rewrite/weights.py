@@ -65,6 +65,14 @@ def slim_tensor(
     return slim
 
 
+def slim_shape(shape: tuple[int, ...], axes: Iterable[AxisPlan]) -> tuple[int, ...]:
+    """Sizes of what ``slim_tensor`` gives for a tensor of this shape."""
+    sizes = list(shape)
+    for axis in axes:
+        sizes[axis.axis] = len(axis.kept) // axis.blocks
+    return tuple(sizes)
+
+
 def _select_in_blocks(weight: torch.Tensor, kept: torch.Tensor, blocks: int) -> torch.Tensor:
     """Rows come in equal parts; position p is column ``p % width`` of part ``p // width``."""
     width = weight.shape[1]

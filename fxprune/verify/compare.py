@@ -109,6 +109,11 @@ def verify(
     """
     if tolerance is not None and not tolerance > 0:
         raise ArgumentError(f"tolerance={tolerance!r}; a positive number is needed")
+    if any(tensor.is_meta for tensor in traced.tensors.values()):
+        raise VerificationError(
+            "the model lies on the meta device and cannot run; verify the plan of a small instance "
+            "of its class, whose channels are coupled alike"
+        )
     deps = analyze(traced)
     alive = kept_channels(deps, plan)
     steps = channel_reads(deps, alive, plan)

@@ -1,0 +1,56 @@
+"""Random networks of attention, gates, recurrence and concatenations, which shrink if they fail."""
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fxprune as fp
+from tests.oracle import assert_same_function, macs, masked_original
+from tests.zoo.random_tokens import FEATURES, Attention, RandomTokens, Step, steps
+from tests.zoo.randomize import randomize
+
+
+@settings(max_examples=40)
+@given(steps=steps(), seed=st.integers(0, 3))
+def test_random_token_networks_equal_the_masked_original(steps: list[Step], seed: int) -> None:
+    model = randomize(RandomTokens(steps).double(), seed).eval()
+    x = torch.randn(2, 5, FEATURES, generator=torch.Generator().manual_seed(seed)).double()
+    traced = fp.trace(model, x)
+    deps = fp.analyze(traced)
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            assert any(f"{name}.proj" in group.layers for group in deps.groups), "heads are frozen"
+    plan = fp.plan(deps, fp.Random(seed=seed)(deps), ratios=(0.7, 0.5, 0.3, 0.15)[seed])
+    slim = fp.rewrite(traced, plan)
+    verdict = fp.verify(traced, slim, plan)
+    assert verdict.ok
+    assert not verdict.approximate
+    assert plan.reached["macs"] == macs(slim, x) or model.readers
+    masked = masked_original(model, plan, model.readers, model.silent)
+    for inputs in (x, torch.cat([x, x.flip(0)], 1)[:1]):
+        assert_same_function(slim, masked, inputs)
+
+
+@settings(max_examples=10)
+@given(steps=steps(), seed=st.integers(0, 3))
+def test_all_ways_to_prune_a_random_token_network_agree(steps: list[Step], seed: int) -> None:
+    """Through an exported graph, and on the modules themselves."""
+    model = randomize(RandomTokens(steps).double(), seed).eval()
+    x = torch.randn(2, 5, FEATURES, generator=torch.Generator().manual_seed(seed)).double()
+    symbolic, exported = (fp.trace(model, x, frontend) for frontend in ("symbolic", "export"))
+    deps = fp.analyze(symbolic)
+    again = fp.analyze(exported)
+    assert [(g.layers, g.width) for g in again.groups] == [(g.layers, g.width) for g in deps.groups]
+    ratio = (0.7, 0.5, 0.3, 0.15)[seed]
+    plan = fp.plan(deps, fp.L1()(deps), ratios=ratio)
+    same = fp.plan(again, fp.L1()(again), ratios=ratio)
+    assert [g.kept for g in same.groups] == [g.kept for g in plan.groups]
+    assert same.reached["macs"] == plan.reached["macs"]
+    slim, other = fp.rewrite(symbolic, plan), fp.rewrite(exported, same)
+    own = fp.apply_plan(copy.deepcopy(model), plan, x)
+    assert_same_function(slim, other, x)
+    assert_same_function(slim, own, x)
+    state = own.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in slim.state_dict().items())
