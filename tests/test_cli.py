@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import fxprune as fp
-from fxprune.cli import main
 from fxprune.cli.models import build
 from fxprune.vision import import_torchvision
 from tests.artifact_nets import relist
@@ -72,21 +71,6 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("tiny_nets", None)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -14,31 +14,12 @@ from fxprune.latency.bench import bench
 from fxprune.latency.memory import peak_allocated
 from fxprune.runtimes import onnx
 
-NETS = """
-from torch import nn
-
-def net():
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.Flatten(), nn.Linear(432, 5)
-    )
-"""
-
-
-@pytest.fixture
-def slim(tmp_path, monkeypatch):
-    """A saved slim model of ``nets.py:net`` in the current directory."""
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    options = ("--input", "2,3,10,10", "--flops", "50%", "--out", "slim")
-    assert main(["prune", "nets.py:net", *options]) == 0
-    return tmp_path / "slim"
-
 
 def run_bench(*options):
     return main(["bench", "slim", "--against", "nets.py:net", "--rounds", "2", *options])
 
 
-def test_bench_compares_both_models(slim, capsys):
+def test_bench_compares_both_models(saved, capsys):
     capsys.readouterr()
     assert run_bench("--runtime", "eager", "--threads", "1", "--json") == 0
     data = json.loads(capsys.readouterr().out)
@@ -52,7 +33,7 @@ def test_bench_compares_both_models(slim, capsys):
     assert 0 < eager["slim"]["peak_bytes"] <= eager["original"]["peak_bytes"]
 
 
-def test_bench_prints_a_table(slim, capsys):
+def test_bench_prints_a_table(saved, capsys):
     capsys.readouterr()
     assert run_bench("--runtime", "eager") == 0
     out = capsys.readouterr().out
@@ -61,7 +42,7 @@ def test_bench_prints_a_table(slim, capsys):
     assert "peak MiB" in out
 
 
-def test_bench_in_onnx_runtime(slim, capsys):
+def test_bench_in_onnx_runtime(saved, capsys):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
     capsys.readouterr()
@@ -73,7 +54,7 @@ def test_bench_in_onnx_runtime(slim, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_bench_through_torch_compile(slim, capsys):
+def test_bench_through_torch_compile(saved, capsys):
     capsys.readouterr()
     assert run_bench("--runtime", "compile", "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)["runtimes"]
@@ -81,7 +62,7 @@ def test_bench_through_torch_compile(slim, capsys):
     assert row["slim"]["seconds"] > 0
 
 
-def test_a_runtime_that_is_missing_is_named_and_others_go_on(slim, capsys, monkeypatch):
+def test_a_runtime_that_is_missing_is_named_and_others_go_on(saved, capsys, monkeypatch):
     monkeypatch.setattr(onnx, "_installed", lambda name: name != "onnxruntime")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     capsys.readouterr()
@@ -98,14 +79,12 @@ def test_a_runtime_that_is_missing_is_named_and_others_go_on(slim, capsys, monke
     "options",
     [("--rounds", "0"), ("--threads", "0"), ("--device", "meta"), ("--device", "nowhere")],
 )
-def test_bench_refuses_options_that_mean_nothing(slim, options, capsys):
+def test_bench_refuses_options_that_mean_nothing(saved, options, capsys):
     assert run_bench("--runtime", "eager", *options) == 2
     assert "error" in capsys.readouterr().err
 
 
-def test_bench_refuses_a_folder_that_holds_no_model(tmp_path, monkeypatch, capsys):
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
+def test_bench_refuses_a_folder_that_holds_no_model(nets, capsys):
     assert main(["bench", "nowhere", "--against", "nets.py:net"]) == 2
     assert "nowhere" in capsys.readouterr().err
 

@@ -11,24 +11,11 @@ from fxprune.cli.options import FORMATS as NAMES
 from fxprune.export.formats import FORMATS
 from fxprune.runtimes import onnx
 
-NETS = """
-from torch import nn
-
-def net():
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.Flatten(), nn.Linear(432, 5)
-    )
-"""
-
 
 @pytest.fixture
-def slim(tmp_path, monkeypatch):
-    """A saved slim model of ``nets.py:net`` in the current directory."""
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    options = ("--input", "2,3,10,10", "--flops", "50%", "--out", "slim")
-    assert main(["prune", "nets.py:net", *options]) == 0
-    return fp.load("slim")
+def slim(saved):
+    """The slim model."""
+    return fp.load(saved)
 
 
 def test_the_options_name_every_format_that_there_is():

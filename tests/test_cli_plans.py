@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fxprune as fp
-from fxprune.cli import main
+from fxprune.cli.plans import OTHER_WEIGHTS
+from fxprune.planning.provenance import CHOICES
 
 NET = """
 from torch import nn
@@ -25,26 +26,20 @@ def net():
 MODEL = ("net.py:net", "--input", "2,3,10,10")
 
 
-@pytest.fixture
-def run(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True)
+def net_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
 def slim(run) -> Path:
     assert run("prune", *MODEL, "--flops", "60%", "--out", "slim")[0] == 0
     return Path("slim")
+
+
+def test_the_option_names_every_choice_about_other_weights() -> None:
+    assert OTHER_WEIGHTS == CHOICES
 
 
 def weights(seed: int) -> nn.Module:

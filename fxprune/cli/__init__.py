@@ -1,4 +1,4 @@
-"""The command line: ``fxprune inspect|prune|verify|bench|export MODEL``.
+"""The command line: ``fxprune COMMAND ...``, see ``commands.COMMANDS``.
 
 It finds a model, makes example inputs, calls the library and prints. What a command reports goes to
 standard output, everything else to standard error.

@@ -88,12 +88,15 @@ def parser() -> argparse.ArgumentParser:
     _add_model_options(bench)
 
     apply = _command(commands, "apply", "carry a plan out on a checkpoint, tensor by tensor")
-    compose = _command(commands, "compose", "make one plan of several that followed each other")
-    diff = _command(commands, "diff", "show what two plans keep differently")
-    for command, name in ((apply, "apply"), (compose, "compose"), (diff, "diff")):
-        plans.add_options(name, command)
-    _add_model_options(compose)
+    plans.add_apply_options(apply)
     _add_report_options(apply)
+
+    compose = _command(commands, "compose", "make one plan of several that followed each other")
+    plans.add_compose_options(compose)
+    _add_model_options(compose)
+
+    diff = _command(commands, "diff", "show what two plans keep differently")
+    plans.add_diff_options(diff)
     _add_report_options(diff)
 
     export = _command(commands, "export", "write a model for other runtimes, and run it there")

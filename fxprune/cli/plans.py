@@ -3,23 +3,12 @@
 import argparse
 
 OTHER_WEIGHTS = ("warn", "allow", "refuse")
+_PLAN = "plan file, or folder of a saved model"
 
 
-def add_options(name: str, command: argparse.ArgumentParser) -> None:
-    """The options of one of the commands; imports nothing that takes time."""
-    plan = "plan file, or folder of a saved model"
-    if name == "diff":
-        command.add_argument("first", metavar="PLAN", help=plan)
-        command.add_argument("second", metavar="PLAN", help=plan)
-        return
-    if name == "compose":
-        command.add_argument("model", metavar="MODEL", help="the original, see below")
-        command.add_argument(
-            "plans", metavar="PLAN", nargs="+", help=f"{plan}; in the order of their use"
-        )
-        command.add_argument("--out", metavar="FILE", required=True, help="where to write the plan")
-        return
-    command.add_argument("plan", metavar="PLAN", help=plan)
+def add_apply_options(command: argparse.ArgumentParser) -> None:
+    """A plan, a checkpoint, and where the slim one goes."""
+    command.add_argument("plan", metavar="PLAN", help=_PLAN)
     command.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -34,3 +23,18 @@ def add_options(name: str, command: argparse.ArgumentParser) -> None:
         default="warn",
         help="what to do if the plan was made by other weights (default: warn)",
     )
+
+
+def add_compose_options(command: argparse.ArgumentParser) -> None:
+    """The original, and plans that followed each other."""
+    command.add_argument("model", metavar="MODEL", help="the original, see below")
+    command.add_argument(
+        "plans", metavar="PLAN", nargs="+", help=f"{_PLAN}; in the order of their use"
+    )
+    command.add_argument("--out", metavar="FILE", required=True, help="where to write the plan")
+
+
+def add_diff_options(command: argparse.ArgumentParser) -> None:
+    """Two plans."""
+    command.add_argument("first", metavar="PLAN", help=_PLAN)
+    command.add_argument("second", metavar="PLAN", help=_PLAN)

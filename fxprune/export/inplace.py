@@ -19,7 +19,7 @@ from fxprune.export.checkpoint import slim_checkpoint
 from fxprune.planning import PruningPlan
 from fxprune.planning.provenance import check_weights
 from fxprune.rewrite.inplace import SizeChanges, shrink, size_changes, slim_state_dict
-from fxprune.verify import Verdict, verify
+from fxprune.verify import verify
 
 
 def apply_plan(
@@ -78,9 +78,9 @@ def apply_plan(
     check_weights(plan, named, named.__getitem__, other_weights)
     sizes = SizeChanges()
     if example_inputs is not None:
-        _, sizes, verdict = slim_copy(
-            model, plan, example_inputs, _captured_like(model, plan, example_inputs)
-        )
+        captured = _captured_like(model, plan, example_inputs)
+        slim, sizes = slim_copy(model, plan, example_inputs, captured)
+        verdict = verify(captured, slim, plan)
         if not verdict.ok:
             raise VerificationError(
                 f"{type(model).__name__} cannot be pruned in place: {verdict}. Its code may hold "
@@ -93,20 +93,21 @@ def apply_plan(
 
 def slim_copy(
     model: nn.Module, plan: PruningPlan, example_inputs: Any, captured: TracedModel
-) -> tuple[nn.Module, SizeChanges, Verdict]:
-    """A pruned copy of a model, which is not modified; how its attributes changed; and the verdict.
+) -> tuple[nn.Module, SizeChanges]:
+    """A pruned copy of a model, which is not modified, and how its attributes changed.
 
-    If attributes are equal of which one changes, the first choice that passes is taken; the
-    verdict is that of the first of all if none does.
+    If attributes are equal of which one changes, it is the first choice that equals the masked
+    original, or the first of all if none does. A copy without such a choice is not checked here.
     """
     changes = size_changes(analyze(trace(model, example_inputs, "eager")), plan)
+    readings = changes.readings(model)
     tried = []
-    for reading in changes.readings(model):
+    for reading in readings:
         with torch.no_grad():
             slim = copy.deepcopy(model)
         shrink(slim, plan, reading)
-        tried.append((slim, reading, verify(captured, slim, plan)))
-        if tried[-1][2].ok:
+        tried.append((slim, reading))
+        if len(readings) == 1 or verify(captured, slim, plan).ok:
             return tried[-1]
     return tried[0]
 

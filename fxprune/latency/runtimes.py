@@ -50,7 +50,8 @@ def _onnx_runtime(model: nn.Module, inputs: Any) -> Iterator[Run]:
     """
     onnx.check_onnx()
     bound = bind_inputs(model, inputs)
-    tensors = tensors_of((bound.args, bound.kwargs))
+    given = tensors_of((bound.args, bound.kwargs))
+    tensors = [t.detach().cpu() for t in given]  # outside of what is timed
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         with ready(model, inputs), torch.no_grad():
@@ -60,7 +61,7 @@ def _onnx_runtime(model: nn.Module, inputs: Any) -> Iterator[Run]:
 
         def run() -> Any:
             if not session:  # loaded by the first run, so that its memory can be seen
-                session.append(onnx.session(file, cuda=any(t.is_cuda for t in tensors)))
+                session.append(onnx.session(file, cuda=any(t.is_cuda for t in given)))
             return session[0](tensors)
 
         yield run

@@ -58,7 +58,8 @@ def plan(
         memory: share of the peak memory of activations to keep at most.
         latency: share of the latency on the example inputs to keep. Times of operators are measured
             on this device; ``fp.plan`` then measures the rebuilt model beside the original, and
-            plans again until it is within 2 % on either side, in four rounds at most.
+            plans again until it is within 2 % on either side, in four rounds at most. Where
+            the model was captured without a graph, the prediction holds.
         latency_table: times to go by instead, such as those of another device; the prediction
             then keeps at most the share, and nothing is measured.
         ratios: share of its channels to keep, per group (name or index), or one share for all
