@@ -47,6 +47,10 @@ class OtherWeightsWarning(UserWarning):
     """A plan whose channels were chosen by some weights is carried out on others."""
 
 
+class NarrowSamplesWarning(UserWarning):
+    """Calibration samples are unlike what the model was trained on, or far too alike."""
+
+
 class RewriteError(FxpruneError):
     """The slim graph does not have the shapes that the plan predicts; nothing was changed."""
 

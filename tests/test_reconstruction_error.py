@@ -114,7 +114,8 @@ class Net(nn.Module):
 @pytest.fixture
 def net() -> tuple[Net, Tensor]:
     torch.manual_seed(0)
-    return randomize(Net().to(D), 1).eval(), torch.randn(40, 2, 8, 8, dtype=D)
+    model, x = randomize(Net().to(D), 1).eval(), torch.randn(40, 2, 8, 8, dtype=D)
+    return fp.recalibrate(model, torch.randn(400, 2, 8, 8, dtype=D)), x  # as if trained on such
 
 
 def test_scores_are_ranks_and_repeat(net: tuple[Net, Tensor]) -> None:

@@ -29,7 +29,14 @@ from fxprune.recovery.evidence import Seen
 from fxprune.recovery.lasso import contributions, lasso_scores, per_channel
 from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer
 from fxprune.recovery.pair import Pair
-from fxprune.recovery.reconstruct import Fitter, Reconstruction, check_ridge, duplicate, halves
+from fxprune.recovery.reconstruct import (
+    Fitter,
+    Reconstruction,
+    check_ridge,
+    duplicate,
+    halves,
+    judged,
+)
 from fxprune.recovery.sampler import insert_samplers, sampler_shares, slim_positions
 from fxprune.rewrite import rewrite
 
@@ -106,7 +113,8 @@ def prune_channels(
     why = selector.unseen
     noted = tuple(replace(g, note=g.note or why.get(g.name, "")) for g in chosen.groups)
     skipped = (*done.skipped, *((n, f"its channels stay: {w}") for n, w in sorted(why.items())))
-    return replace(chosen, groups=noted), slim, replace(done, skipped=skipped)
+    done = judged(replace(done, skipped=skipped), traced, inputs)
+    return replace(chosen, groups=noted), slim, done
 
 
 @dataclass(eq=False)
@@ -140,7 +148,7 @@ class _Selector:
     def __post_init__(self) -> None:
         self.pair = self._side_by_side()
         self.scores = np.zeros(self.deps.n_channels)
-        self._called = {str(node.target): node for node in self.pair.modules}
+        self._called = {name: node for node, name in self.pair.names.items()}
         self._dropped: dict[str, BoolArray] = {}  # per layer, [groups, unknowns]
         self._waiting: dict[str, list[Cluster]] = defaultdict(list)
         self._decided: set[Cluster] = set()
@@ -154,7 +162,7 @@ class _Selector:
 
     def prepare(self, node: fx.Node) -> Layer:
         """Decide what a layer reads; the layer without what it does not read any more."""
-        name = str(node.target)
+        name = self.pair.names[node]
         for cluster in self._waiting.pop(name, ()):
             if cluster not in self._decided:
                 self._decided.add(cluster)
@@ -190,7 +198,9 @@ class _Selector:
     def _decide(self, cluster: Cluster, node: fx.Node) -> None:
         """Choose the channels of a cluster, and let nothing read the others any more."""
         names = self._readers(cluster)
-        here = names == [str(node.target)] and self.pair.calls[id(self.pair.modules[node])] == 1
+        here = (
+            names == [self.pair.names[node]] and self.pair.calls[id(self.pair.modules[node])] == 1
+        )
         seen = [_observed(self.pair, node)] if here else self._seen_ahead(set(names))
         for k in cluster:
             group = self.deps.groups[k]
@@ -215,8 +225,8 @@ class _Selector:
     def _seen_ahead(self, names: set[str]) -> list[Seen]:
         """What several layers read and lack, from a run of its own up to the last of them."""
         found: list[Seen] = []
-        left = [node for node in self.pair.modules if str(node.target) in names]
         pair = self._side_by_side()
+        left = [node for node, name in pair.names.items() if name in names]
         for node in pair:
             if node in left:
                 left.remove(node)
@@ -235,7 +245,7 @@ class _Selector:
 
     def _sample(self, node: fx.Node, share: float) -> None:
         """Choose what one layer goes on to read; others read all channels as before."""
-        name, seen = str(node.target), _observed(self.pair, node)
+        name, seen = self.pair.names[node], _observed(self.pair, node)
         gram, products, samples = per_channel(seen)
         if not np.isfinite(gram).all() or not np.isfinite(products).all():
             raise NonFiniteError(f"{name} meets NaN or infinity on the batches")
@@ -266,7 +276,7 @@ def _observed(pair: Pair, node: fx.Node) -> Seen:
     layer = Layer(pair.modules[node])
     missing = pair.aim(node).missing(pair.values(node), bounded=False)
     first, second = halves(pair, node, layer, missing)
-    return Seen(str(node.target), layer, first + second, torch.zeros(0))
+    return Seen(pair.names[node], layer, first + second, torch.zeros(0))
 
 
 def _kept(dropped: BoolArray) -> torch.Tensor:

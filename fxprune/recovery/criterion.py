@@ -15,6 +15,7 @@ from fxprune.capture import trace
 from fxprune.capture.batches import Inputs, collect
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import ArgumentError, BudgetError
+from fxprune.importance import CPMC
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
 from fxprune.planning import plan
@@ -23,6 +24,7 @@ from fxprune.planning.compose import original_channels
 from fxprune.recovery.elimination import BoolArray, Reader, elimination_order
 from fxprune.recovery.evidence import Seen, observe
 from fxprune.recovery.reconstruct import reconstruct_model
+from fxprune.recovery.worth import worth
 from fxprune.rewrite import rewrite
 
 _LEAST_SHRINKAGE = 1e-4  # what is weaker is not relied on to make up for others
@@ -70,7 +72,8 @@ class ReconstructionError:
         inputs = collect(self.batches, deps.traced.graph_module, deps.traced.args)
         if not deps.n_channels:
             return torch.zeros(0, dtype=torch.float64)
-        order = self._order(deps, inputs)
+        rows = worth(deps.traced.graph_module, inputs).rows
+        order = self._order(deps, inputs, rows)
         for share in self.refits:
             try:
                 chosen = plan(deps, _ranks(order), **self._budget(share))
@@ -82,7 +85,7 @@ class ReconstructionError:
             slim = analyze(trace(fitted, deps.traced.args))
             alive = kept_channels(deps, chosen)
             known = original_channels(deps, alive, slim)
-            again = known[self._order(slim, inputs)]
+            again = known[self._order(slim, inputs, rows)]
             again = again[again >= 0]
             rest = np.setdiff1d(np.flatnonzero(alive), again)  # prunable only in the whole model
             order = np.concatenate([order[~alive[order]], again, rest])
@@ -91,15 +94,20 @@ class ReconstructionError:
     def _budget(self, share: float) -> dict[str, Any]:
         return {"flops" if self.cost == "macs" else "params": share}
 
-    def _order(self, deps: DependencyGraph, inputs: list[Inputs]) -> IntArray:
-        """Channels in the order in which they are best left out."""
+    def _order(self, deps: DependencyGraph, inputs: list[Inputs], worth: float | None) -> IntArray:
+        """Channels in the order in which they are best left out; samples are worth so many rows."""
         readers, seen = [], set()
         for found in observe(deps.traced, inputs, consumers(deps)):
             if found.moments is not None:
                 seen.add(f"{found.name}.weight")
-                readers += list(_as_readers(deps, found))
+                readers += list(_as_readers(deps, found, worth))
         cost = deps.macs if self.cost == "macs" else deps.params
-        return elimination_order(readers, cost.marginal, deps.group_of, _unseen(deps, seen))
+        unseen = _unseen(deps, seen)
+        order = elimination_order(readers, cost.marginal, deps.group_of, unseen)
+        late = unseen[order]
+        by_weights = CPMC()(deps).numpy()
+        order[late] = sorted(order[late], key=by_weights.__getitem__)
+        return order
 
 
 def _ranks(order: IntArray) -> torch.Tensor:
@@ -123,18 +131,19 @@ def _unseen(deps: DependencyGraph, seen: set[str]) -> BoolArray:
     return found
 
 
-def _as_readers(deps: DependencyGraph, seen: Seen) -> Iterator[Reader]:
+def _as_readers(deps: DependencyGraph, seen: Seen, worth: float | None) -> Iterator[Reader]:
     """The groups of a layer as readers."""
     layer = seen.layer
     assert seen.moments is not None
     moments = seen.moments.centre()
     variance = moments.xx / max(moments.n, 1)
     mean = variance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    share = shrinkage(variance, moments.n).clamp_min(_LEAST_SHRINKAGE)
+    rows = moments.n if worth is None else min(moments.n, worth)
+    share = shrinkage(variance, rows).clamp_min(_LEAST_SHRINKAGE)
     variance *= (1 - share)[:, None, None]
     variance.diagonal(dim1=1, dim2=2).add_((share * mean).unsqueeze(1))
     inverse = torch.linalg.inv(variance)
-    prices = seen.squares.reshape(layer.groups, -1)
+    prices = seen.prices.reshape(layer.groups, -1)
     made = _made(deps, seen).reshape(layer.groups, -1)
     for b in range(layer.groups):
         parts = tuple(_parts(deps, seen, b))
@@ -142,7 +151,7 @@ def _as_readers(deps: DependencyGraph, seen: Seen) -> Iterator[Reader]:
         yield Reader(inverse[b].clone(), weights, prices[b].clone(), made[b], parts)
 
 
-def shrinkage(variance: torch.Tensor, samples: int) -> torch.Tensor:
+def shrinkage(variance: torch.Tensor, samples: float) -> torch.Tensor:
     """Share of the mean variance that makes up for few samples, ``[g]`` between 0 and 1.
 
     Where a layer reads more numbers than there are samples, each of them seems to follow from the
@@ -152,7 +161,7 @@ def shrinkage(variance: torch.Tensor, samples: int) -> torch.Tensor:
 
     Args:
         variance: ``[g, d, d]``, of the samples.
-        samples: how many there are.
+        samples: how many independent ones there are.
     """
     d = variance.shape[1]
     squares, trace = variance.square().sum((1, 2)), variance.diagonal(dim1=1, dim2=2).sum(1)
@@ -163,7 +172,7 @@ def shrinkage(variance: torch.Tensor, samples: int) -> torch.Tensor:
 
 def _made(deps: DependencyGraph, seen: Seen) -> IntArray:
     """Prunable channel of every output of a layer, -1 where there is none."""
-    made = np.full(len(seen.squares), -1, dtype=np.int64)
+    made = np.full(len(seen.prices), -1, dtype=np.int64)
     for axis in deps.axes:
         produces = axis.name == f"{seen.name}.weight" and axis.role is Role.PRODUCER
         if produces and len(axis.channels) == len(made):

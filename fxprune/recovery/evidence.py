@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxprune.capture.batches import Inputs, collect
@@ -13,9 +15,14 @@ from fxprune.capture.inputs import describe
 from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ExampleInputError, NonFiniteError
+from fxprune.recovery.calls import layer_calls
+from fxprune.recovery.coherence import Coherence
 from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer, RandomPositions
 from fxprune.recovery.lockstep import Lockstep
 from fxprune.recovery.moments import Moments
+from fxprune.recovery.worth import number_of_samples
+
+PROBES = 8  # mixes of the outputs whose gradients are taken, at least
 
 
 @dataclass(slots=True, eq=False)
@@ -26,19 +33,14 @@ class Seen:
         name: qualified name of its module.
         layer: the layer.
         moments: of what it reads; there are no targets. Of a layer too wide for that, none.
-        chosen: positions that ``moments`` are of; once all is seen they stand for all positions.
-        squares: ``[outputs]``, sum over samples and positions of the squared gradient of the
-            model's outputs, each in units of its standard deviation, with respect to the layer's:
-            what an error of every output costs them.
-        rows: how many samples and positions there are.
+        prices: ``[outputs]``, what an error of every output, squared and averaged over samples and
+            positions, costs the model's outputs, each in units of its standard deviation.
     """
 
     name: str
     layer: Layer
     moments: Moments | None
-    squares: torch.Tensor
-    chosen: RandomPositions | None = None
-    rows: int = 0
+    prices: torch.Tensor
 
 
 def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> list[Seen]:
@@ -50,100 +52,152 @@ def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> l
     Args:
         traced: the captured original; nothing of it changes.
         inputs: what ``collect`` gave.
-        names: layers to observe; those that are neither convolutions nor linear are left out.
+        names: layers to observe; those that are neither convolutions nor linear are left out, and
+            so are those that the graph does not call.
 
     Raises:
         ExampleInputError: the model does not run on a batch.
         NonFiniteError: an activation holds NaN or infinity.
     """
     module = traced.graph_module
-    tensors = [next(x for x in batch if isinstance(x, torch.Tensor)) for batch in inputs]
-    samples = sum(len(x) for x in tensors)
-    watched = {}
-    for name, child in module.named_modules():
-        if name in names and isinstance(child, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
-            watched[name] = _unseen(name, Layer(child), samples)
-    generator = torch.Generator().manual_seed(0)
+    samples = number_of_samples(inputs)
+    watched: dict[fx.Node, _Watched] = {}
+    by_name: dict[str, _Watched] = {}
+    for node, call in layer_calls(module).items():
+        if call.name in names and isinstance(call.module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+            if call.name not in by_name:
+                by_name[call.name] = _Watched(Layer(call.module), samples)
+            watched[node] = by_name[call.name]
+    run = _Observer(module, watched, by_name)
+    probes = -(-PROBES // len(inputs))
     with undisturbed(module), torch.enable_grad():
         for k, batch in enumerate(tqdm(inputs, desc="observe", unit="batch", leave=False)):
             try:
-                _observe_batch(module, watched, batch, generator)
+                run.observe(batch, probes)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ExampleInputError(
                     f"calibration batch {k}, {describe(batch)}, does not run: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-    for seen in watched.values():
-        sums = seen.squares.sum() + (0.0 if seen.moments is None else seen.moments.xx.sum())
-        if not bool(torch.isfinite(sums)):
-            raise NonFiniteError(f"{seen.name} meets NaN or infinity on the calibration batches")
-        if seen.moments is not None:
-            seen.moments.extend(seen.rows)
-    return list(watched.values())
+    return [each.done(name) for name, each in by_name.items()]
 
 
-def _unseen(name: str, layer: Layer, samples: int) -> Seen:
-    groups, d = layer.groups, layer.unknowns
-    outputs = layer.weights().shape[2] * groups
-    moments = Moments.zeros(groups, d, 0) if d <= MOST_UNKNOWNS else None
-    squares = torch.zeros(outputs, dtype=torch.float64)
-    return Seen(name, layer, moments, squares, RandomPositions.enough(layer, samples))
+class _Watched:
+    """Sums over batches of what one layer reads and of the gradients of what it returns.
 
+    Args:
+        layer: the layer.
+        samples: how many there are in all batches.
+    """
 
-def _observe_batch(
-    module: fx.GraphModule, watched: dict[str, Seen], batch: Inputs, generator: torch.Generator
-) -> None:
-    leaves = [_leaf(x) for x in batch]
-    # A copy, because the model may write into its input, which a leaf forbids.
-    values = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-    found = _Observer(module, watched).run(*values)
-    outputs = [
-        t
-        for t in torch.utils._pytree.tree_leaves(found)
-        if isinstance(t, torch.Tensor) and t.requires_grad
-    ]
-    if not outputs:
-        return
-    probes = [
-        torch.randn(t.shape, generator=generator).to(t) / t.detach().std().clamp_min(1e-12)
-        for t in outputs
-    ]
-    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-    torch.autograd.grad(outputs, wanted, probes, allow_unused=True)
+    def __init__(self, layer: Layer, samples: int) -> None:
+        groups, d = layer.groups, layer.unknowns
+        outputs = layer.weights().shape[2]
+        wide = d > MOST_UNKNOWNS
+        self.layer = layer
+        self.leaf: torch.Tensor = layer.module.weight.detach().requires_grad_()
+        self.moments = None if wide else Moments.zeros(groups, d, 0)
+        self.rows = 0
+        self.squares = torch.zeros(groups, outputs, dtype=torch.float64)
+        self.coherence = None if wide else Coherence(groups, d, outputs)
+        self._sums = torch.zeros_like(self.squares)
+        self._chosen = RandomPositions.enough(layer, samples)
 
+    def reads(self, x: torch.Tensor) -> None:
+        """Add what it reads of a batch."""
+        if self.moments is not None:
+            self.rows += self.layer.count(x)
+            for *_, design in self.layer.designs(x, self._chosen):
+                self.moments.add(design)
 
-def _leaf(x: Any) -> Any:
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
-        return x.detach().requires_grad_()
-    return x
+    def gradient(self, gradient: torch.Tensor) -> None:
+        """Add the gradient of what it returned, of one probe."""
+        outputs = self.layer.targets(gradient.detach())
+        self.squares += outputs.square().sum(2).cpu()
+        self._sums += outputs.sum(2).cpu()
+
+    def weight_gradient(self, gradient: torch.Tensor | None) -> None:
+        """Add that of its weights; the probe is over."""
+        if self.coherence is not None and gradient is not None:
+            arranged = self.layer.arranged(gradient.detach().double().cpu())
+            self.coherence.add(arranged, self._sums)
+        self._sums.zero_()
+
+    def done(self, name: str) -> Seen:
+        """What is known after the last batch."""
+        finite = self.squares.sum() + (0.0 if self.moments is None else self.moments.xx.sum())
+        if not bool(torch.isfinite(finite)):
+            raise NonFiniteError(f"{name} meets NaN or infinity on the calibration batches")
+        factor = 1.0
+        if self.moments is not None and self.coherence is not None:
+            self.moments.extend(self.rows)
+            factor = self.coherence.factor(self.moments, self.squares)
+        return Seen(name, self.layer, self.moments, factor * self.squares.flatten())
 
 
 class _Observer(fx.Interpreter):
-    """Runs the original; notes what watched layers read, and later their gradients."""
+    """Runs the original; notes what watched layers read, and later their gradients.
 
-    def __init__(self, module: fx.GraphModule, watched: dict[str, Seen]) -> None:
+    Args:
+        module: the original.
+        watched: what to note of layers, by node.
+        by_name: the same by name; gradients are taken of copies of their weights.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, watched: dict[fx.Node, _Watched], by_name: dict[str, _Watched]
+    ) -> None:
         super().__init__(module)
         self.extra_traceback = False
         self.watched = watched
+        self.by_name = by_name
+        self._generator = torch.Generator().manual_seed(0)
+
+    def observe(self, batch: Inputs, probes: int) -> None:
+        """Add a batch, with the gradients of so many random mixes of the outputs."""
+        # A copy, because the model may write into its input.
+        values = [x.clone() if isinstance(x, torch.Tensor) else x for x in batch]
+        outputs = [
+            t
+            for t in pytree.tree_leaves(self.run(*values))
+            if isinstance(t, torch.Tensor) and t.requires_grad
+        ]
+        leaves = [each.leaf for each in self.by_name.values()]
+        for left in reversed(range(probes if outputs else 0)):
+            mix = [
+                torch.randn(t.shape, generator=self._generator).to(t)
+                / (t.detach().std().clamp_min(1e-12) * probes**0.5)
+                for t in outputs
+            ]
+            found = torch.autograd.grad(
+                outputs, leaves, mix, retain_graph=left > 0, allow_unused=True
+            )
+            for each, gradient in zip(self.by_name.values(), found, strict=True):
+                each.weight_gradient(gradient)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
+        each = self.watched.get(n)
+        if each is not None:
+            each.reads(self.env[n.all_input_nodes[0]].detach())
         result = super().run_node(n)
-        seen = self.watched.get(str(n.target)) if n.op == "call_module" else None
-        if seen is not None:
-            if seen.moments is not None:
-                read = self.env[n.all_input_nodes[0]].detach()
-                seen.rows += seen.layer.count(read)
-                for *_, design in seen.layer.designs(read, seen.chosen):
-                    seen.moments.add(design)
-            if result.requires_grad:
-                result.register_hook(lambda gradient: _note(seen, gradient))
+        if each is not None and result.requires_grad:
+            result.register_hook(each.gradient)
         return result
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a layer, a watched one with the copy of its weights."""
+        each, module = self.by_name.get(str(target)), self.fetch_attr(target)
+        if each is None or "weight" not in module._parameters:  # computed weights have no gradient
+            return super().call_module(target, args, kwargs)
+        return functional_call(module, {"weight": each.leaf}, args, kwargs)
 
-def _note(seen: Seen, gradient: torch.Tensor) -> None:
-    outputs = seen.layer.targets(gradient.detach())
-    seen.squares += outputs.square().sum(2).flatten().cpu()
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The value of an attribute, or the copy of a watched layer's weights."""
+        name, _, last = str(target).rpartition(".")
+        if last == "weight" and name in self.by_name:
+            return self.by_name[name].leaf
+        return super().get_attr(target, args, kwargs)
 
 
 def responses(traced: TracedModel, batches: Any, names: set[str]) -> dict[str, torch.Tensor]:

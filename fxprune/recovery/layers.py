@@ -136,7 +136,10 @@ class Layer:
 
     def weights(self) -> torch.Tensor:
         """``[groups, unknowns, outputs / groups]`` in float64."""
-        weight: torch.Tensor = self.module.weight.detach().double()
+        return self.arranged(self.module.weight.detach().double())
+
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """What has the shape of the weight as ``[groups, unknowns, outputs / groups]``."""
         if isinstance(self.module, TRANSPOSED):
             parts = weight.reshape(self.groups, -1, *weight.shape[1:])
             flat = parts.transpose(2, 1).flatten(2)

@@ -17,6 +17,7 @@ from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import analyze
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
+from fxprune.recovery.calls import layer_calls
 from fxprune.recovery.layers import NORMS
 from fxprune.recovery.lockstep import Lockstep
 from fxprune.rewrite.shapes import SlimShapes
@@ -30,7 +31,8 @@ class Pair:
     """Two models whose nodes share names; iterating runs both, node by node.
 
     Attributes:
-        modules: module of every node of the slim model that calls one.
+        modules: layer that every node of the slim model calls, for those that call one.
+        names: qualified name of that layer.
         calls: how many nodes call a module, by its ``id``.
     """
 
@@ -43,8 +45,9 @@ class Pair:
         self._now = Lockstep(slim, batches)
         self._then = Lockstep(traced.graph_module, batches)
         self._twins = {n.name: n for n in traced.graph_module.graph.nodes}
-        nodes = [n for n in slim.graph.nodes if n.op == "call_module"]
-        self.modules: dict[fx.Node, Any] = {n: slim.get_submodule(str(n.target)) for n in nodes}
+        called = layer_calls(slim)
+        self.modules: dict[fx.Node, Any] = {n: call.module for n, call in called.items()}
+        self.names = {n: call.name for n, call in called.items()}
         self.calls = Counter(id(m) for m in self.modules.values())
 
     def __len__(self) -> int:

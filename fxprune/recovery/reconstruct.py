@@ -9,7 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import fx
 from tqdm import tqdm
 
-from fxprune.capture.batches import collect
+from fxprune.capture.batches import Inputs, collect
 from fxprune.capture.state import undisturbed
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import TracedModel
@@ -27,6 +27,7 @@ from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer, RandomP
 from fxprune.recovery.moments import Moments
 from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.solve import STRENGTHS, Ridge, strength_by_folds
+from fxprune.recovery.worth import Worth, worth
 
 _BOUNDED_STEPS = 4
 _ROUNDING = 1e-12  # share of an output's squares that rounding explains
@@ -62,10 +63,12 @@ class Reconstruction:
     Attributes:
         fits: every fitted layer, in the order of the graph.
         skipped: layers that drift and were not fitted, with the reason.
+        worth: what the samples are worth, beside what the model remembers of its training.
     """
 
     fits: tuple[LayerFit, ...]
     skipped: tuple[tuple[str, str], ...]
+    worth: Worth | None = None
 
     def report(self) -> str:
         """A table of errors before and after, and what was left as it is."""
@@ -76,6 +79,7 @@ class Reconstruction:
         names = ("layer", "error before", "after", "samples", "unknowns", "ridge", "note")
         lines = ["reconstructed (error as a share of the target's variance):"]
         lines.append(tabulate(rows, headers=names, disable_numparse=True))
+        lines += [f"calibrated on {self.worth}"] if self.worth else []
         lines += [f"not reconstructed: {name}: {why}" for name, why in self.skipped]
         return "\n".join(lines)
 
@@ -117,7 +121,16 @@ def reconstruct_model(
     fitted = duplicate(slim)
     with undisturbed(traced.graph_module, fitted):
         found = Fitter(Pair(traced, plan, fitted, inputs), ridge, draft=draft).run()
-    return fitted, found
+    if draft:
+        return fitted, found
+    return fitted, judged(found, traced, inputs)
+
+
+def judged(done: Reconstruction, traced: TracedModel, inputs: list[Inputs]) -> Reconstruction:
+    """The same with what the samples are worth, and a warning if that is little."""
+    found = worth(traced.graph_module, inputs)
+    found.warn()
+    return replace(done, worth=found)
 
 
 def check_ridge(ridge: float | None) -> None:
@@ -187,14 +200,14 @@ class Fitter:
         if error <= _ROUNDING * spread:
             return
         if why := self._unfit(layer):
-            self.skipped.append((str(node.target), why))
+            self.skipped.append((self.pair.names[node], why))
             return
         samples, strength = self._fit(node, layer, aim)
         left = _energy(aim.missing(self.pair.values(node), bounded=aim.bounded))
         short = f"too few samples: at least {layer.unknowns + 1} are needed; held by the ridge"
         note = short if samples <= layer.unknowns else ""
         shares = error / spread, left / spread
-        name = str(node.target)
+        name = self.pair.names[node]
         self.fits.append(LayerFit(name, *shares, samples, layer.unknowns, strength, note))
 
     def _unfit(self, layer: Layer) -> str:
