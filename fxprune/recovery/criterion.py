@@ -28,6 +28,8 @@ from fxprune.recovery.worth import worth
 from fxprune.rewrite import rewrite
 
 _LEAST_SHRINKAGE = 1e-4  # what is weaker is not relied on to make up for others
+_PRIOR_ROWS = 32  # independent rows against which inputs that have nothing in common count as much
+_MOST_DISTRUST = 0.5  # share of shrinkage; at 1, no channel would make up for another
 _COSTS = ("macs", "params")
 REFITS = (0.7, 0.5, 0.4)
 
@@ -138,8 +140,7 @@ def _as_readers(deps: DependencyGraph, seen: Seen, worth: float | None) -> Itera
     moments = seen.moments.centre()
     variance = moments.xx / max(moments.n, 1)
     mean = variance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    rows = moments.n if worth is None else min(moments.n, worth)
-    share = shrinkage(variance, rows).clamp_min(_LEAST_SHRINKAGE)
+    share = shrinkage(variance, moments.n).clamp_min(max(_LEAST_SHRINKAGE, _distrust(worth)))
     variance *= (1 - share)[:, None, None]
     variance.diagonal(dim1=1, dim2=2).add_((share * mean).unsqueeze(1))
     inverse = torch.linalg.inv(variance)
@@ -151,7 +152,16 @@ def _as_readers(deps: DependencyGraph, seen: Seen, worth: float | None) -> Itera
         yield Reader(inverse[b].clone(), weights, prices[b].clone(), made[b], parts)
 
 
-def shrinkage(variance: torch.Tensor, samples: float) -> torch.Tensor:
+def _distrust(worth: float | None) -> float:
+    """The least share of shrinkage, alike for all layers, which compete for one budget.
+
+    Of narrow samples, the rows of a layer do not tell how few they are, and a share that went by
+    their spread would fall on some layers more than on others.
+    """
+    return 0.0 if worth is None else min(_PRIOR_ROWS / (_PRIOR_ROWS + worth), _MOST_DISTRUST)
+
+
+def shrinkage(variance: torch.Tensor, samples: int) -> torch.Tensor:
     """Share of the mean variance that makes up for few samples, ``[g]`` between 0 and 1.
 
     Where a layer reads more numbers than there are samples, each of them seems to follow from the
@@ -161,7 +171,7 @@ def shrinkage(variance: torch.Tensor, samples: float) -> torch.Tensor:
 
     Args:
         variance: ``[g, d, d]``, of the samples.
-        samples: how many independent ones there are.
+        samples: how many there are.
     """
     d = variance.shape[1]
     squares, trace = variance.square().sum((1, 2)), variance.diagonal(dim1=1, dim2=2).sum(1)
