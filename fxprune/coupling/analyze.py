@@ -8,7 +8,7 @@ import torch
 
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
-from fxprune.coupling.blocks import block_sets
+from fxprune.coupling.blocks import block_sets, distinct
 from fxprune.coupling.footprints import Footprints, footprints
 from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis
 from fxprune.coupling.labeling import label
@@ -73,9 +73,7 @@ def _refusals(solution: Solution, groups: Iterable[Group]) -> tuple[Refusal, ...
 
 
 def _equal_counts(ledger: Ledger, channel_of: IntArray) -> tuple[IntArray, ...]:
-    """Constraints that bind: more than one row, and rows that do not hold the same channels."""
-    rows = (channel_of[block.labels] for block in ledger.blocks)
-    return tuple(r for r in rows if len(r) > 1 and (r >= 0).any() and not (r == r[:1]).all())
+    return tuple(distinct([channel_of[block.labels] for block in ledger.blocks]))
 
 
 def _shared(channel_of: IntArray, arrays: Iterable[IntArray]) -> dict[int, IntArray]:

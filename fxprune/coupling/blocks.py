@@ -40,6 +40,7 @@ def block_sets(
         The sets, over movable classes only, and movable classes that have to stay after all: they
         lie unevenly in several rows, or face a row in which nothing can move.
     """
+    constraints = distinct(constraints)
     stuck: set[int] = set()
     while True:
         free = movable.copy()
@@ -48,6 +49,16 @@ def block_sets(
         if not more:
             return sets, stuck
         stuck |= more
+
+
+def distinct(constraints: Sequence[IntArray]) -> list[IntArray]:
+    """Constraints that bind, each once: rows that hold the same channels lose equally many."""
+    found: dict[tuple[tuple[int, ...], bytes], IntArray] = {}
+    for rows in constraints:
+        different = np.unique(np.sort(rows, axis=1), axis=0)
+        if len(different) > 1 and (different >= 0).any():
+            found.setdefault((different.shape, different.tobytes()), different)
+    return list(found.values())
 
 
 def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[BlockSet], set[int]]:

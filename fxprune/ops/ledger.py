@@ -144,6 +144,10 @@ class Ledger:
     values: dict[int, Labels] = field(default_factory=dict)
     weights: set[int] = field(default_factory=set)  # values that are computed from weights alone
     memory: dict[int, set[int]] = field(default_factory=dict)  # value -> all in the same memory
+    picked_inside: set[tuple[int, int]] = field(
+        default_factory=set
+    )  # its inner positions one by one
+    head_dims: bool = False  # parts of an axis that is taken apart get an inner axis
     _owners: list[tuple[int, str, int]] = field(default_factory=list)
 
     def fresh(self, n: int) -> IntArray:
@@ -210,11 +214,17 @@ class Ledger:
         inside = label < start + self.parameters[name, axis].labels.size
         return (name, axis) if inside else None
 
-    def settle(self, factor: Factor, keep: int | None = None) -> Factor:
-        """Make a joint factor a factor over one axis: its entries along the others become one."""
+    def settle(self, factor: Factor, *axes: int) -> Factor:
+        """Make a joint factor a factor over one axis: its entries along the others become one.
+
+        Args:
+            factor: the factor.
+            axes: which one it may be; the inner one if it is among them, else the first.
+        """
         if len(factor.axes) == 1:
             return factor if factor.origin is None else Factor(factor.axes, factor.labels)
-        keep = factor.axes[0] if keep is None else keep
+        choice = axes or (factor.axes[::-1] if self.head_dims else factor.axes)
+        keep = factor.inner if factor.inner in choice else choice[0]
         at = factor.axes.index(keep)
         lead = factor.labels[tuple(slice(None) if k == at else 0 for k in range(len(factor.axes)))]
         shape = [-1 if k == at else 1 for k in range(len(factor.axes))]
@@ -223,6 +233,13 @@ class Ledger:
             self.sized.append(SizedUse(factor.origin.record, factor.labels))
         self.note_taken_apart(factor)
         return Factor((keep,), lead)
+
+    def confine(self, factor: Factor, refusal: Refusal) -> None:
+        """What is kept of a joint factor has to be a box, or equally much of every row."""
+        if factor.inner is None:
+            self.boxes.append(Box(factor.labels, refusal))
+        else:
+            self.blocks.append(Blocks(factor.rows(), refusal.node, refusal.op))
 
     def note_taken_apart(self, factor: Factor) -> None:
         """Note that a factor is used by itself although it is only a part of what it came from.
