@@ -231,7 +231,7 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
     }
     for use in ledger.sized:
         record = traced.records[use.record]
-        if not can_resize(traced.graph_module, nodes[record.node], copies=use.copies):
+        if not can_resize(traced.graph_module, nodes[record.node]):
             results = [r.id for r in record.outputs if r is not None]
             if not all(r in ledger.gathers and r in visible for r in results):
                 ledger.freeze(use.labels, _refusal(record.node, record.op, OPAQUE))

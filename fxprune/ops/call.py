@@ -50,11 +50,16 @@ class Operand:
         settled = (f if len(f.axes) == 1 else self.call.settle(f) for f in self.labels)
         return {f.axes[0]: f.labels for f in settled}
 
-    def on(self, axis: int) -> IntArray | None:
-        """Labels of one axis, a joint factor over it settled; None for an untracked axis."""
+    def on(self, axis: int, *others: int) -> IntArray | None:
+        """Labels of one axis; None if it is untracked, or a joint factor settled on another one.
+
+        Args:
+            axis: the axis.
+            others: axes on which joint factors are settled rather than on any other.
+        """
         for factor in self.labels:
             if axis in factor.axes:
-                settled = self.call.settle(factor)
+                settled = self.call.settle(factor, *(a for a in factor.axes if a in others))
                 return settled.labels if settled.axes == (axis,) else None
         return None
 
@@ -185,7 +190,7 @@ class Call:
     def sized(self, labels: Labels) -> None:
         """Note that sizes among the arguments depend on these labels."""
         for factor in labels:
-            self.ledger.sized.append(SizedUse(self.index, factor.labels, factor.copies))
+            self.ledger.sized.append(SizedUse(self.index, factor.labels))
 
     def settle(self, factor: Factor, *axes: int) -> Factor:
         """Reduce a joint factor to one axis (see ``Ledger.settle``)."""

@@ -29,10 +29,15 @@ def ein(**axes: str) -> Rule:
     """
     out = axes.pop("out")
     summed = {c for letters in axes.values() for c in letters if c not in out}
+    batch = set(out).intersection(*axes.values())
+
+    def own(call: Call, name: str) -> tuple[int, ...]:
+        shift = len(call[name].shape) - len(axes[name])
+        return tuple(k + shift for k, letter in enumerate(axes[name]) if letter not in batch)
 
     def rule(call: Call) -> tuple[Labels, ...]:
         places = [
-            _Place(call[name], name, letter, at, _role(letters, letter, out))
+            _Place(call[name], name, letter, at, _role(letters, letter, out), own(call, name))
             for name, letters in axes.items()
             for at, letter in enumerate(letters, len(call[name].shape) - len(letters))
             if at >= 0 and call[name].shape[at] > 1
@@ -118,6 +123,7 @@ class _Place:
     letter: str
     axis: int
     role: Role
+    own: tuple[int, ...]  # axes of the operand that are no batch axes of the product
 
 
 def _role(letters: str, letter: str, out: str) -> Role:
@@ -132,7 +138,7 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
     places = sorted(places, key=lambda p: not p.operand.knows(p.axis))  # new weights adopt
     weights = [p for p in places if p.operand.weight]
     others = [p for p in places if not p.operand.weight]
-    tracked = [x for p in others if (x := p.operand.on(p.axis)) is not None]
+    tracked = [x for p in others if (x := _on(call, p)) is not None]
     if not tracked and not weights:
         return None
     labels = tracked[0] if tracked else weights[0].operand.own(weights[0].axis, weights[0].role)
@@ -146,6 +152,11 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
         call.freeze(labels, *NETWORK_INPUT)
         return labels if weights else None
     return labels
+
+
+def _on(call: Call, place: _Place) -> IntArray | None:
+    """Labels of one letter. Heads that shall become narrower are settled on their features."""
+    return place.operand.on(place.axis, *(place.own if call.ledger.head_dims else ()))
 
 
 def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) -> None:

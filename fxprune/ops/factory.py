@@ -1,7 +1,7 @@
 """Operators that bring positions of their own: constants, copies, padding, tables."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,9 +34,7 @@ def expand(call: Call) -> tuple[Labels, ...]:
         return (x.labels,)
     shift = len(shape) - len(x.shape)
     factors = [_shifted(f, shift) for f in settled_without_rows(call, x.labels)]
-    for axis, size in enumerate(shape):
-        if size > 1 and (axis < shift or x.shape[axis - shift] == 1):
-            factors.append(Factor((axis,), call.ledger.fresh(size), copies=True))
+    factors += _copies(call, x.shape)
     factors.sort(key=lambda f: f.axes)
     call.sized(tuple(factors))
     return (tuple(factors),)
@@ -54,13 +52,26 @@ def _shifted(factor: Factor, shift: int) -> Factor:
 
 
 def repeat(call: Call) -> tuple[Labels, ...]:
-    """``repeat``: copies of a channel carry its label."""
-    x, repeats = call["self"], call["repeats"]
-    shift = len(call.shapes[0]) - len(x.shape)
+    """``repeat``: copies of a channel carry its label; what is copied from one may shrink."""
+    x, repeats, shape = call["self"], call["repeats"], call.shapes[0]
+    shift = len(shape) - len(x.shape)
     factors = []
     for axis, labels in x.axes().items():
         factors.append(Factor((axis + shift,), np.tile(labels, repeats[axis + shift])))
-    return (tuple(factors),)
+    copies = _copies(call, x.shape)
+    call.sized(copies)
+    return ((*factors, *copies),)
+
+
+def _copies(call: Call, sizes: Sequence[int]) -> Labels:
+    """Axes of the result that only copy something of size 1; ``sizes``: of the operand."""
+    shape = call.shapes[0]
+    before = (1,) * (len(shape) - len(sizes)) + tuple(sizes)
+    return tuple(
+        Factor((axis,), call.ledger.fresh(size), copies=True)
+        for axis, size in enumerate(shape)
+        if size > 1 and before[axis] == 1
+    )
 
 
 def repeat_interleave(call: Call) -> tuple[Labels, ...]:
@@ -76,7 +87,9 @@ def repeat_interleave(call: Call) -> tuple[Labels, ...]:
             labels = np.repeat(factor.labels, repeats, axis=factor.axes.index(axis))
             factor = replace(factor, labels=labels)
         factors.append(replace(factor, copies=False))
-    return (tuple(factors),)
+    copies = _copies(call, x.shape)
+    call.sized(copies)
+    return ((*factors, *copies),)
 
 
 def constant_pad(call: Call) -> tuple[Labels, ...]:

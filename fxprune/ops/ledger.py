@@ -71,10 +71,14 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Box:
-    """Labels over several axes of one tensor: what is kept of them has to be a box."""
+    """Labels over several axes of one tensor: what is kept of them has to be a box.
+
+    With an inner axis, the last of ``labels``, it may also be as many positions of every row.
+    """
 
     labels: IntArray
     refusal: Refusal  # should nothing but all or nothing be a box
+    inner: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,14 +114,10 @@ class ChannelRead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SizedUse:
-    """An operator with sizes or positions among its arguments that a narrower axis changes.
-
-    ``copies`` says that the axis is made by the operator itself, not taken from an operand.
-    """
+    """An operator with sizes or positions among its arguments that a narrower axis changes."""
 
     record: int
     labels: IntArray
-    copies: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -236,10 +236,10 @@ class Ledger:
 
     def confine(self, factor: Factor, refusal: Refusal) -> None:
         """What is kept of a joint factor has to be a box, or equally much of every row."""
-        if factor.inner is None:
-            self.boxes.append(Box(factor.labels, refusal))
-        else:
-            self.blocks.append(Blocks(factor.rows(), refusal.node, refusal.op))
+        labels = factor.labels
+        if factor.inner is not None:
+            labels = np.moveaxis(labels, factor.axes.index(factor.inner), -1)
+        self.boxes.append(Box(labels, refusal, factor.inner is not None))
 
     def note_taken_apart(self, factor: Factor) -> None:
         """Note that a factor is used by itself although it is only a part of what it came from.
