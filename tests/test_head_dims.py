@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,55 @@ def tokens(batch: int = 2, seed: int = 0) -> Tensor:
 
 def widths(deps: fp.DependencyGraph) -> dict[str, int]:
     return {g.name: g.width for g in deps.groups if g.name.startswith("block.") or g.approximate}
+
+
+COPIES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "repeat_interleave": lambda t, heads: t.repeat_interleave(heads, 1),
+    "repeat_interleave, by keyword": lambda t, heads: torch.repeat_interleave(
+        t, repeats=heads, dim=1
+    ),
+    "repeat": lambda t, heads: t.repeat(1, heads, 1, 1),
+    "repeat, one tuple": lambda t, heads: t.repeat((1, heads, 1, 1)),
+    "tile, the last axes": lambda t, heads: t.tile((heads, 1, 1)),
+    "expand": lambda t, heads: t.expand(-1, heads, -1, -1),
+    "none: broadcast": lambda t, heads: t,
+}
+
+
+class Shared(Block):
+    """All heads share one key and one value, copied in one way or another."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__(few=1)
+        self.copies = COPIES[spelling]
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, HEADS, DIM).transpose(1, 2)
+        k, v = (f(x).view(b, n, 1, DIM).transpose(1, 2) for f in (self.k, self.v))
+        return q, self.copies(k, HEADS), self.copies(v, HEADS)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("spelling", COPIES)
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("head_dims", [False, True])
+def test_heads_that_share_a_key_and_a_value_go_or_become_narrower(
+    spelling: str, frontend: str, head_dims: bool
+) -> None:
+    model, x = network(Shared(spelling)), tokens()
+    traced = fp.trace(model, x, frontend, head_dims=head_dims)
+    deps = fp.analyze(traced)
+    assert widths(deps) == ({"block.q": DIM, "block.v": DIM} if head_dims else {"block.q": HEADS})
+    plan = fp.plan(deps, fp.Random(seed=1)(deps), ratios=0.5)
+    slim = fp.rewrite(traced, plan)
+    assert fp.verify(traced, slim, plan).ok
+    assert plan.reached["macs"] == macs(slim, x)
+    masked = masked_original(model, plan, silent=model.silent)
+    for inputs in (x, tokens(3, seed=1)) if frontend == "symbolic" else (x,):
+        assert_same_function(slim, masked, inputs)
 
 
 # Block -> groups inside it: what queries and keys share, and what values are. Where rows are tied

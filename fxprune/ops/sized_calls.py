@@ -71,7 +71,7 @@ SIZED: dict[Any, Kind] = {
     **dict.fromkeys(
         ("repeat_interleave", torch.repeat_interleave, "aten::repeat_interleave"), Kind.REPEAT
     ),
-    **dict.fromkeys(("repeat", "aten::repeat"), Kind.TILE),
+    **dict.fromkeys(("repeat", "aten::repeat", "tile", torch.tile, "aten::tile"), Kind.TILE),
     "narrow": Kind.NARROW,
     torch.narrow: Kind.NARROW,
     "select": Kind.SELECT,

@@ -295,14 +295,16 @@ def _edit_tile(site: Site) -> None:
     """Copies along every axis: of a single position as many as are kept."""
     result = site.shapes.shape(site.result.id)
     source = (1,) * (len(result) - site.ndim) + site.shapes.shape(site.input)
-    name = "repeats"
     needed = tuple(n // max(s, 1) for n, s in zip(result, source, strict=True))
-    if isinstance(site.value(1, name), (tuple, list)):
+    name = next((n for n in ("repeats", "dims") if n in site.node.kwargs), "repeats")
+    whole = isinstance(site.value(1, name), (tuple, list))
+    values = site.value(1, name) if whole else site.new[1:]
+    needed = needed[len(needed) - len(values) :]  # tile() may name the last axes only
+    if whole:
         _edit_sizes(site, 1, name, needed)
-        return
-    values, wrote = site.new[1:], site.node.args[1:]
-    sizes = [_agree(w, v, n) for w, v, n in zip(wrote, values, needed, strict=True)]
-    site.node.args = (site.node.args[0], *sizes)
+    else:
+        sizes = zip(site.node.args[1:], values, needed, strict=True)
+        site.node.args = (site.node.args[0], *(_agree(w, v, n) for w, v, n in sizes))
 
 
 def _edit_squeeze(site: Site) -> None:
