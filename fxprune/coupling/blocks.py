@@ -5,7 +5,7 @@ same share of every cell keeps all of them.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,7 @@ def distinct(constraints: Sequence[IntArray]) -> list[IntArray]:
 
 
 Homes = dict[int, dict[int, tuple[int, int]]]  # class -> constraint -> row, how often it is there
+Key = tuple[tuple[int, tuple[int, int]], ...]  # the same of one class: what a cell has in common
 
 
 def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[BlockSet], set[int]]:
@@ -119,7 +120,7 @@ def _connected(homes: Homes) -> list[list[int]]:
 
 def _cut(constraints: Sequence[IntArray], homes: Homes, members: list[int]) -> BlockSet | None:
     """Cells of one set and how many to take of each at a time; None if no step balances."""
-    cells: dict[tuple[tuple[int, tuple[int, int]], ...], list[int]] = defaultdict(list)
+    cells: dict[Key, list[int]] = defaultdict(list)
     in_row: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for c in members:
         cells[tuple(homes[c].items())].append(c)
@@ -129,14 +130,30 @@ def _cut(constraints: Sequence[IntArray], homes: Homes, members: list[int]) -> B
     if any(len(rows) < len(constraints[k]) for k, rows in in_row.items()):
         return None  # a row without a movable channel
     cut = tuple(tuple(cell) for cell in cells.values())
-    if all(len(key) == len(in_row) for key in cells) and all(
-        len(rows) == len(cells) for rows in in_row.values()
+    steps = _steps(list(cells), [len(cell) for cell in cut], in_row)
+    if steps is None:
+        return None
+    lost = {(k, row): 0 for k, rows in in_row.items() for row in rows}
+    for key, step in zip(cells, steps, strict=True):
+        for k, (row, times) in key:
+            lost[k, row] += step * times
+    if any(n >= constraints[k].shape[1] for (k, _), n in lost.items()):
+        return None  # nothing would be left of a row
+    return BlockSet(cut, steps)
+
+
+def _steps(
+    keys: Sequence[Key], sizes: Sequence[int], in_row: Mapping[int, Mapping[int, int]]
+) -> tuple[int, ...] | None:
+    """How many to take of each cell, so that all rows of a constraint lose equally many."""
+    if all(len(key) == len(in_row) for key in keys) and all(
+        len(rows) == len(keys) for rows in in_row.values()
     ):  # every constraint cuts alike
-        often = np.array([[n for _, (_, n) in key] for key in cells])
+        often = np.array([[n for _, (_, n) in key] for key in keys])
         steps = np.lcm.reduce(often[:, 0]) // often[:, 0]
         lost = often * steps[:, None]
-        return BlockSet(cut, tuple(steps.tolist())) if (lost == lost[0]).all() else None
+        return tuple(steps.tolist()) if (lost == lost[0]).all() else None
     if any(len(set(rows.values())) > 1 for rows in in_row.values()):
         return None
-    divisor = int(np.gcd.reduce([len(cell) for cell in cut]))
-    return BlockSet(cut, tuple(len(cell) // divisor for cell in cut))
+    divisor = int(np.gcd.reduce(sizes))
+    return tuple(size // divisor for size in sizes)

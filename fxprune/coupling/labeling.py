@@ -48,11 +48,21 @@ OUTPUT = (
 )
 
 
-def label(traced: TracedModel) -> Ledger:
-    """Labels, equations, roles and costs of everything one run executed."""
+def label(traced: TracedModel, whole_groups: frozenset[int] = frozenset()) -> Ledger:
+    """Labels, equations, roles and costs of everything one run executed.
+
+    Args:
+        traced: the captured model.
+        whole_groups: records of grouped convolutions that lose groups, not channels of each group.
+    """
     buffers = frozenset(v.name for v in traced.values if v.kind == "buffer")
     grouped = _grouped_weights(traced)
-    ledger = Ledger(buffers=buffers, grouped=grouped, head_dims=traced.head_dims)
+    ledger = Ledger(
+        buffers=buffers,
+        grouped=grouped,
+        head_dims=traced.head_dims,
+        whole_groups=whole_groups,
+    )
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
     _protect_outputs(traced, ledger)

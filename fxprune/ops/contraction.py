@@ -184,7 +184,8 @@ def convolution(call: Call) -> tuple[Labels, ...]:
         rows = weight.shape[0] // groups
         per_group_out = weight.shape[1] if transposed else rows
         per_group_in = rows if transposed else weight.shape[1]
-        branch = _whole_groups if min(per_group_in, per_group_out) == 1 else _equal_counts
+        whole = min(per_group_in, per_group_out) == 1 or call.index in call.ledger.whole_groups
+        branch = _whole_groups if whole else _equal_counts
         labels_in, labels_out = branch(call, labels_in, weight)
     _add_cost(call, x, weight, labels_in, labels_out)
     if labels_out is None:
@@ -209,7 +210,7 @@ def _dense(call: Call, labels_in: IntArray | None, weight: Operand, *, transpose
 
 
 def _whole_groups(call: Call, labels_in: IntArray | None, weight: Operand) -> Sides:
-    """Depthwise, with any multiplier: a group goes with its input and all of its outputs."""
+    """Depthwise, or with channels of a group tied: it goes with all that it reads and makes."""
     groups, rows = call["groups"], weight.shape[0]
     if labels_in is None:
         own = weight.own(0, Role.DEPTHWISE)
@@ -266,6 +267,8 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
     for side in sides:
         blocks = side.reshape(groups, -1)
         call.ledger.blocks.append(Blocks(blocks, call.node, "aten.convolution"))
+    if call.op in RULES:
+        call.ledger.equal_groups[call.index] = np.concatenate([side.ravel() for side in sides])
     return sides
 
 
