@@ -81,6 +81,7 @@ def prune(
     approximate: bool = True,
     frontend: str = "auto",
     opaque: str | Iterable[str] = (),
+    head_dims: bool = False,
     verify: bool = True,
 ) -> PruneResult:
     """Prune a model to a budget: trace, analyze, score, plan, rewrite, verify.
@@ -113,6 +114,7 @@ def prune(
         approximate: prune groups over which a statistic is taken (layer norm, a mean) too.
         frontend: see ``trace``.
         opaque: modules to leave alone, see ``trace``.
+        head_dims: narrow the heads of attention instead of removing whole ones, see ``trace``.
         verify: compare the slim model with the masked original.
 
     Raises:
@@ -120,7 +122,7 @@ def prune(
         VerificationError: the slim model does not equal the masked original.
     """
     batches = None if calibration is None else as_list(calibration)
-    traced = trace(model, example_inputs, frontend, opaque=opaque)
+    traced = trace(model, example_inputs, frontend, opaque=opaque, head_dims=head_dims)
     options = {
         "flops": flops,
         "params": params,

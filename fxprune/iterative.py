@@ -59,6 +59,7 @@ def prune_iteratively(
     approximate: bool = True,
     frontend: str = "auto",
     opaque: str | Iterable[str] = (),
+    head_dims: bool = False,
     verify: bool = True,
 ) -> PruneResult:
     """Prune in steps: at each, score what is left anew, prune, verify, and train.
@@ -90,6 +91,7 @@ def prune_iteratively(
         approximate: see ``prune``.
         frontend: see ``trace``.
         opaque: see ``trace``.
+        head_dims: see ``trace``.
         verify: check every step against its masked original.
 
     Returns:
@@ -105,7 +107,7 @@ def prune_iteratively(
     if schedule not in SCHEDULES:
         raise ArgumentError(f"schedule={schedule!r} is unknown; choose one of {list(SCHEDULES)}")
     batches = None if calibration is None else as_list(calibration)
-    traced = trace(model, example_inputs, frontend, opaque=opaque)
+    traced = trace(model, example_inputs, frontend, opaque=opaque, head_dims=head_dims)
     deps = analyze(traced)
     fixed: dict[str, Any] = {
         "allocation": allocation,
@@ -130,7 +132,7 @@ def prune_iteratively(
     current, captured, results = model, traced, list[PruneResult]()
     for step in range(steps):
         if step:
-            captured = trace(current, example_inputs, frontend, opaque=opaque)
+            captured = trace(current, example_inputs, frontend, opaque=opaque, head_dims=head_dims)
             way = way.onward(results[-1], captured)
         part = partial(SCHEDULES[schedule], (step + 1) / steps)
         options = {**fixed, **way.options(request, part)}

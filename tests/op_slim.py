@@ -223,6 +223,13 @@ def _pad(slim: Slim, index: int, record: Record, arguments: Arguments) -> Argume
     return {"pad": pad}
 
 
+def _repeat(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arguments:
+    """Copies of something of size 1 are as many as are kept; others stay."""
+    result, source = slim.shape(record.outputs[0].id), slim.shape(arguments["self"].id)
+    source = [1] * (len(result) - len(source)) + source
+    return {"repeats": [n // size for n, size in zip(result, source, strict=True)]}
+
+
 def _groups(slim: Slim, index: int, record: Record, arguments: Arguments) -> Arguments:
     lead = slim.case.ledger.group_counts.get(index)
     return {} if lead is None else {"groups": int(slim.of(lead).sum())}
@@ -250,6 +257,7 @@ _EDITORS: dict[str, Editor] = {
     "_reshape_alias": _alias,
     "as_strided": _as_strided,
     "unflatten": _unflatten,
+    "repeat": _repeat,
     "squeeze": _squeeze,
     "slice": _slice,
     "select": _select,

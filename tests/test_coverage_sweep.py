@@ -131,6 +131,32 @@ def test_a_measured_model_is_pruned_and_verified_twice():
     assert row["baseline"] > 0
 
 
+class Heads(nn.Module):
+    """Two heads of eight features that attend to each other's tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Linear(6, 48), nn.Linear(16, 4)
+
+    def forward(self, x):
+        q, k, v = self.make(x).view(x.shape[0], -1, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.read(y.transpose(1, 2).flatten(2))
+
+
+def test_a_model_with_attention_is_pruned_a_third_time_with_narrow_heads():
+    row = measure(Entry("toys", "heads", Heads, Floats((2, 5, 6))))
+    assert "failed" not in row
+    assert row["narrow"]["ok"]
+    assert "narrow" not in measure(SMALL)
+    table = render([row], 1).partition("## Summary")[2].splitlines()
+    titles, counts = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (table[2], next(line for line in table if "toys" in line))
+    )
+    assert counts[titles.index("heads narrowed")] == "1"
+
+
 def test_a_refusal_is_counted_with_the_channels_it_holds():
     (refusal,) = measure(HELD)["refusals"]
     assert (refusal["code"], refusal["op"], refusal["channels"]) == ("mixes-axis", "aten.cumsum", 8)

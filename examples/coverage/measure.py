@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import re
 import time
@@ -100,7 +101,11 @@ def _prune_twice(
         stages.run("half", lambda: _half_in_place(row, model, inputs))
         return
     stages.run("prune", lambda: _prune(row, traced, deps, stages))
-    stages.run("half", lambda: _half_of_every_group(row, traced, deps))
+    stages.run("half", lambda: _half_of_every_group(row, "half", traced, deps))
+    narrow = dataclasses.replace(traced, head_dims=True, derived={})
+    others = stages.run("analyze narrow", lambda: fp.analyze(narrow))
+    if others.fingerprint != deps.fingerprint:  # it has heads, or axes that are taken apart alike
+        stages.run("narrow", lambda: _half_of_every_group(row, "narrow", narrow, others))
 
 
 @torch.no_grad()
@@ -280,7 +285,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
-def _half_of_every_group(row: Row, traced: fp.TracedModel, deps: fp.DependencyGraph) -> None:
+def _half_of_every_group(
+    row: Row, name: str, traced: fp.TracedModel, deps: fp.DependencyGraph
+) -> None:
     """A ranking may spare whole groups; a random half of every group spares none."""
     if not deps.groups:
         return
@@ -288,9 +295,9 @@ def _half_of_every_group(row: Row, traced: fp.TracedModel, deps: fp.DependencyGr
     if all(len(g.kept) == g.width for g in plan.groups):
         return
     verdict = fp.verify(traced, fp.rewrite(traced, plan), plan)
-    row["half"] = _verdict(verdict)
+    row[name] = _verdict(verdict)
     if not verdict.ok:
-        raise fp.VerificationError(f"half of every group: {verdict}")
+        raise fp.VerificationError(f"half of every group, {name}: {verdict}")
 
 
 def describe(error: BaseException) -> Row:

@@ -23,8 +23,11 @@ again and writes this page; `python -m examples.coverage run 'timm/*' --again` m
 Every model gets random weights and random BatchNorm statistics, and small images. It is captured, \
 analysed, and pruned to at most half of its MACs, or to the lowest that can be reached. The slim \
 model is compared with the masked original in double precision. A second time a random half of \
-every group is removed, because a ranking may spare whole groups, and compared again.
+every group is removed, because a ranking may spare whole groups, and compared again. Where \
+models have attention, a third time half of every group with `head_dims=True`: features of heads \
+instead of whole ones.
 """
+PRUNINGS = ("verdict", "half", "narrow")
 LEGEND = """
 - **frontend**: which capture the model took. *Captured*: what was captured gives the model's own \
 output. *eager* has no graph; the model's own modules are pruned.
@@ -32,7 +35,7 @@ output. *eager* has no graph; the model's own modules are pruned.
 depend on them.
 - **at 50 %**: MACs of the slim model as a share; in brackets where no lower share can be reached.
 - **error**: largest difference from the masked original, as a share of the output's scale; the \
-larger one of the two prunings.
+largest one of all prunings.
 - **approximate**: graph nodes where removing channels changes a statistic over them.
 - **capture s**, **export s**, **analysis s**: CPU seconds on one thread; *export* is the part of \
 capture that `torch.export` itself takes, also where it failed.
@@ -89,7 +92,7 @@ def pruned(row: Row) -> bool:
 
 def verified(row: Row) -> bool:
     """Whether every slim model of this row equals its masked original, and nothing failed."""
-    return "failed" not in row and all(row[k]["ok"] for k in ("verdict", "half") if k in row)
+    return "failed" not in row and all(row[k]["ok"] for k in PRUNINGS if k in row)
 
 
 def ratio(row: Row, *, exporting: bool = False) -> float | None:
@@ -119,6 +122,7 @@ def _summary(by_library: Mapping[str, Sequence[Row]], n_entries: int) -> str:
         "at 50 % of MACs",
         "at a floor",
         "nothing prunable",
+        "heads narrowed",
         "ratio, median",
         "ratio, largest",
         "with torch.export, median",
@@ -142,6 +146,7 @@ def _counts(name: str, rows: Sequence[Row]) -> list[Cell]:
         sum("lowest" not in row for row in done),
         sum("lowest" in row for row in done),
         sum(verified(row) and not pruned(row) for row in rows),
+        sum(verified(row) and "narrow" in row for row in rows),
         f"{statistics.median(ratios):.2f}" if ratios else "",
         f"{max(ratios):.2f}" if ratios else "",
         f"{statistics.median(exporting):.2f}" if exporting else "",
@@ -190,7 +195,7 @@ def _reached(row: Row) -> str:
 def _error(row: Row) -> str:
     if "failed" in row:
         return "failed: " + row["failed"]["type"]
-    errors = [row[k]["error"] for k in ("verdict", "half") if k in row]
+    errors = [row[k]["error"] for k in PRUNINGS if k in row]
     return f"{max(errors):.0e}" if errors else ""
 
 

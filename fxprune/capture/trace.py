@@ -35,6 +35,7 @@ def trace(
     frontend: str = "auto",
     *,
     opaque: str | Iterable[str] = (),
+    head_dims: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> TracedModel:
     """Capture a model as a graph plus a record of the ATen operators that it executes.
@@ -51,6 +52,8 @@ def trace(
             fails or leaves layers opaque that export opens, eager where neither gives a graph.
         opaque: modules to leave alone, by name or glob: nothing inside them changes, and channels
             that run through them are kept.
+        head_dims: attention loses features of its heads, each head its own and all equally many,
+            instead of whole heads.
         weights: for a model on the ``meta`` device, where its parameters are read from when a
             criterion asks for them: a ``Checkpoint``, or another mapping from names to tensors.
 
@@ -82,7 +85,7 @@ def trace(
         session = _Session(model, inputs, named, eager, kernels)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
-    return replace(captured, opaque=left_alone, weights=stored)
+    return replace(captured, opaque=left_alone, head_dims=head_dims, weights=stored)
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class TracedModel:
         unused: modules and parameters that the model never uses in evaluation mode (auxiliary
             heads, say); they are not part of the graph.
         opaque: paths of modules that are left alone; channels that touch them are kept.
+        head_dims: attention loses features of its heads, of each as many, instead of whole heads.
         fixed_calls: operators whose sizes and positions the model's code holds for good; for eager
             captures, whose code nobody can edit.
         weights: where the content of parameters on the ``meta`` device is read from, by name.
@@ -97,6 +98,7 @@ class TracedModel:
     unused: tuple[str, ...] = ()
     why: str = ""
     opaque: tuple[str, ...] = ()
+    head_dims: bool = False
     fixed_calls: frozenset[str] = frozenset()
     weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     derived: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -56,6 +56,7 @@ def _prune(options: argparse.Namespace) -> tuple[bool, str]:
 def _verify(options: argparse.Namespace) -> tuple[bool, str]:
     slim = fp.load(options.slim, trust=options.trust)
     plan = fp.PruningPlan.load(Path(options.slim) / PLAN_FILE)
+    options.head_dims |= bool(plan.requested.get("head_dims"))
     traced = _traced(options.against, options, recorded_in=options.slim)
     _say(f"verifying {options.slim}")
     verdict = fp.verify(traced, slim, plan)
@@ -140,13 +141,15 @@ def _traced(
 ) -> fp.TracedModel:
     model, inputs = _model(name, options, recorded_in)
     _say(f"tracing {name}")
-    return fp.trace(model, inputs, options.frontend)
+    return fp.trace(model, inputs, options.frontend, head_dims=options.head_dims)
 
 
 def _prune_arguments(options: argparse.Namespace, calibration: Any) -> dict[str, Any]:
     """Options that were given, by the names that ``prune`` has for them; its defaults else."""
     names = "flops params memory latency allocation ignore round_to min_channels max_ratio"
-    chosen = {name: getattr(options, name) for name in f"{names} approximate frontend".split()}
+    chosen = {
+        name: getattr(options, name) for name in f"{names} approximate frontend head_dims".split()
+    }
     if options.scan is not None:
         chosen["allocation"] = fp.CIE(fp.Sensitivity.load(options.scan))
     return {name: value for name, value in chosen.items() if value is not None} | {

@@ -251,6 +251,11 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         help="how the graph is captured (default: auto)",
     )
     model.add_argument(
+        "--head-dims",
+        action="store_true",
+        help="narrow the heads of attention instead of removing whole ones",
+    )
+    model.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of random weights and inputs (default: 0)"
     )
     model.add_argument(

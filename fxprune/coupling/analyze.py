@@ -8,11 +8,11 @@ import torch
 
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
-from fxprune.coupling.blocks import block_sets
+from fxprune.coupling.blocks import block_sets, distinct
 from fxprune.coupling.footprints import Footprints, footprints
 from fxprune.coupling.graph import DependencyGraph, Group, ParameterAxis
 from fxprune.coupling.labeling import label
-from fxprune.coupling.solve import Solution, solve
+from fxprune.coupling.solve import UNEVEN, Solution, solve
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger, Role
@@ -35,8 +35,7 @@ def analyze(traced: TracedModel) -> DependencyGraph:
 
 
 def _analyze(traced: TracedModel) -> DependencyGraph:
-    ledger = label(traced)
-    solution = solve(ledger)
+    ledger, solution = _solved(traced)
     names = {name: k for k, name in enumerate(traced.tensors)}
     classes = _shared(solution.class_of, (axis.labels for axis in ledger.parameters.values()))
     axes = tuple(
@@ -64,6 +63,31 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
     )
 
 
+def _solved(traced: TracedModel) -> tuple[Ledger, Solution]:
+    """Labels and channels. A grouped convolution that can lose no channels may lose groups.
+
+    That is so where all channels of a group go together, such as those of attention heads.
+    """
+    whole: frozenset[int] = frozenset()
+    while True:
+        ledger = label(traced, whole)
+        solution = solve(ledger)
+        stuck = {
+            record
+            for record, labels in ledger.equal_groups.items()
+            if _uneven_alone(solution, labels)
+        }
+        if not stuck:
+            return ledger, solution
+        whole |= stuck
+
+
+def _uneven_alone(solution: Solution, labels: IntArray) -> bool:
+    """Whether nothing holds these labels but that groups cannot lose equally many of them."""
+    reasons = [solution.reasons.get(c, ()) for c in np.unique(solution.class_of[labels]).tolist()]
+    return all(found and {r.code for r in found} == {UNEVEN[0]} for found in reasons)
+
+
 def _refusals(solution: Solution, groups: Iterable[Group]) -> tuple[Refusal, ...]:
     """Reasons that hold channels which nothing holds by design, in the order they were found."""
     reasons = (set(g.reasons) for g in groups if g.frozen)
@@ -73,9 +97,7 @@ def _refusals(solution: Solution, groups: Iterable[Group]) -> tuple[Refusal, ...
 
 
 def _equal_counts(ledger: Ledger, channel_of: IntArray) -> tuple[IntArray, ...]:
-    """Constraints that bind: more than one row, and rows that do not hold the same channels."""
-    rows = (channel_of[block.labels] for block in ledger.blocks)
-    return tuple(r for r in rows if len(r) > 1 and (r >= 0).any() and not (r == r[:1]).all())
+    return tuple(distinct([channel_of[block.labels] for block in ledger.blocks]))
 
 
 def _shared(channel_of: IntArray, arrays: Iterable[IntArray]) -> dict[int, IntArray]:

@@ -5,7 +5,7 @@ same share of every cell keeps all of them.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,7 @@ def block_sets(
         The sets, over movable classes only, and movable classes that have to stay after all: they
         lie unevenly in several rows, or face a row in which nothing can move.
     """
+    constraints = distinct(constraints)
     stuck: set[int] = set()
     while True:
         free = movable.copy()
@@ -50,14 +51,28 @@ def block_sets(
         stuck |= more
 
 
+def distinct(constraints: Sequence[IntArray]) -> list[IntArray]:
+    """Constraints that bind, each once: rows that hold the same channels lose equally many."""
+    found: dict[tuple[tuple[int, ...], bytes], IntArray] = {}
+    for rows in constraints:
+        different = np.unique(np.sort(rows, axis=1), axis=0)
+        if len(different) > 1 and (different >= 0).any():
+            found.setdefault((different.shape, different.tobytes()), different)
+    return list(found.values())
+
+
+Homes = dict[int, dict[int, tuple[int, int]]]  # class -> constraint -> row, how often it is there
+Key = tuple[tuple[int, tuple[int, int]], ...]  # the same of one class: what a cell has in common
+
+
 def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[BlockSet], set[int]]:
-    homes: dict[int, dict[int, int]] = defaultdict(dict)  # class -> constraint -> row
+    homes: Homes = defaultdict(dict)
     stuck: set[int] = set()
     for k, rows in enumerate(constraints):
         row_of, uneven = _rows_of(rows, free)
         stuck |= uneven
-        for c, row in row_of.items():
-            homes[c][k] = row
+        for c, place in row_of.items():
+            homes[c][k] = place
     if stuck:
         return [], stuck
     sets = []
@@ -70,21 +85,20 @@ def _attempt(constraints: Sequence[IntArray], free: BoolArray) -> tuple[list[Blo
     return sets, stuck
 
 
-def _rows_of(rows: IntArray, free: BoolArray) -> tuple[dict[int, int], set[int]]:
-    """Row of every free class that lies in one place, and free classes that lie unevenly."""
+def _rows_of(rows: IntArray, free: BoolArray) -> tuple[dict[int, tuple[int, int]], set[int]]:
+    """Row of every free class that lies in one, and how often; and those that lie unevenly."""
     members, local = np.unique(rows, return_inverse=True)
     cell = local.reshape(rows.shape) + np.arange(len(rows))[:, None] * len(members)
     counts = np.bincount(cell.ravel(), minlength=len(rows) * len(members)).reshape(len(rows), -1)
     bound = np.append(free, False)[members]  # -1 is no class
-    once = bound & (counts.sum(axis=0) == 1)
-    uneven = bound & ~once & (counts != counts[0]).any(axis=0)
-    row = counts.argmax(axis=0)
-    return dict(zip(members[once].tolist(), row[once].tolist(), strict=True)), set(
-        members[uneven].tolist()
-    )
+    alone = bound & ((counts > 0).sum(axis=0) == 1)
+    uneven = bound & ~alone & (counts != counts[0]).any(axis=0)
+    row, times = counts.argmax(axis=0)[alone].tolist(), counts.max(axis=0)[alone].tolist()
+    places = dict(zip(members[alone].tolist(), zip(row, times, strict=True), strict=True))
+    return places, set(members[uneven].tolist())
 
 
-def _connected(homes: dict[int, dict[int, int]]) -> list[list[int]]:
+def _connected(homes: Homes) -> list[list[int]]:
     """Bound classes, split in sets that share no constraint."""
     root: dict[int, int] = {}
 
@@ -104,25 +118,42 @@ def _connected(homes: dict[int, dict[int, int]]) -> list[list[int]]:
     return list(sets.values())
 
 
-def _cut(
-    constraints: Sequence[IntArray], homes: dict[int, dict[int, int]], members: list[int]
-) -> BlockSet | None:
+def _cut(constraints: Sequence[IntArray], homes: Homes, members: list[int]) -> BlockSet | None:
     """Cells of one set and how many to take of each at a time; None if no step balances."""
-    cells: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+    cells: dict[Key, list[int]] = defaultdict(list)
     in_row: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for c in members:
         cells[tuple(homes[c].items())].append(c)
     for key, cell in cells.items():
-        for k, row in key:
-            in_row[k][row] += len(cell)
+        for k, (row, times) in key:
+            in_row[k][row] += len(cell) * times
     if any(len(rows) < len(constraints[k]) for k, rows in in_row.items()):
         return None  # a row without a movable channel
     cut = tuple(tuple(cell) for cell in cells.values())
-    if all(len(key) == len(in_row) for key in cells) and all(
-        len(rows) == len(cells) for rows in in_row.values()
-    ):
-        return BlockSet(cut, (1,) * len(cut))  # every constraint cuts alike
+    steps = _steps(list(cells), [len(cell) for cell in cut], in_row)
+    if steps is None:
+        return None
+    lost = {(k, row): 0 for k, rows in in_row.items() for row in rows}
+    for key, step in zip(cells, steps, strict=True):
+        for k, (row, times) in key:
+            lost[k, row] += step * times
+    if any(n >= constraints[k].shape[1] for (k, _), n in lost.items()):
+        return None  # nothing would be left of a row
+    return BlockSet(cut, steps)
+
+
+def _steps(
+    keys: Sequence[Key], sizes: Sequence[int], in_row: Mapping[int, Mapping[int, int]]
+) -> tuple[int, ...] | None:
+    """How many to take of each cell, so that all rows of a constraint lose equally many."""
+    if all(len(key) == len(in_row) for key in keys) and all(
+        len(rows) == len(keys) for rows in in_row.values()
+    ):  # every constraint cuts alike
+        often = np.array([[n for _, (_, n) in key] for key in keys])
+        steps = np.lcm.reduce(often[:, 0]) // often[:, 0]
+        lost = often * steps[:, None]
+        return tuple(steps.tolist()) if (lost == lost[0]).all() else None
     if any(len(set(rows.values())) > 1 for rows in in_row.values()):
         return None
-    divisor = int(np.gcd.reduce([len(cell) for cell in cut]))
-    return BlockSet(cut, tuple(len(cell) // divisor for cell in cut))
+    divisor = int(np.gcd.reduce(sizes))
+    return tuple(size // divisor for size in sizes)

@@ -28,7 +28,8 @@ def box_equations(component: IntArray, boxes: Sequence[Box]) -> list[Pairs]:
     """
     found: list[Pairs] = []
     merged = np.zeros(int(component.max(initial=-1)) + 1, dtype=bool)
-    for box in sorted(boxes, key=lambda box: -box.labels.size):
+    whole = [b for b in boxes if not (b.inner and rows_choose(component[b.labels]))]
+    for box in sorted(whole, key=lambda box: -box.labels.size):
         classes = component[box.labels]
         ties = [_ties(classes, axis) for axis in range(classes.ndim)]
         if all(len(a) for a, _ in ties) and not merged[classes].any():
@@ -36,6 +37,11 @@ def box_equations(component: IntArray, boxes: Sequence[Box]) -> list[Pairs]:
             merged[classes] = True
             found.append((_labels_of(a, classes, box.labels), _labels_of(b, classes, box.labels)))
     return found
+
+
+def rows_choose(classes: IntArray) -> bool:
+    """Whether rows can choose positions along the last axis, or go as wholes: each is one class."""
+    return bool((classes != classes[..., :1]).any())
 
 
 def _ties(classes: IntArray, axis: int) -> Pairs:

@@ -1,6 +1,7 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fxprune.capture.record import return_aliases, written_arguments
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
 from fxprune.ops.call import JOINT, Call, Operand, base_name, schema_arguments
-from fxprune.ops.ledger import Box, Ledger, SizedUse
+from fxprune.ops.ledger import Ledger, SizedUse
 from fxprune.ops.movement import VIEWS
 from fxprune.ops.registry import rule_for
 from fxprune.ops.sized_calls import can_hold_slim_parameters, can_resize
@@ -47,10 +48,21 @@ OUTPUT = (
 )
 
 
-def label(traced: TracedModel) -> Ledger:
-    """Labels, equations, roles and costs of everything one run executed."""
+def label(traced: TracedModel, whole_groups: frozenset[int] = frozenset()) -> Ledger:
+    """Labels, equations, roles and costs of everything one run executed.
+
+    Args:
+        traced: the captured model.
+        whole_groups: records of grouped convolutions that lose groups, not channels of each group.
+    """
     buffers = frozenset(v.name for v in traced.values if v.kind == "buffer")
-    ledger = Ledger(buffers=buffers, grouped=_grouped_weights(traced))
+    grouped = _grouped_weights(traced)
+    ledger = Ledger(
+        buffers=buffers,
+        grouped=grouped,
+        head_dims=traced.head_dims,
+        whole_groups=whole_groups,
+    )
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
     _protect_outputs(traced, ledger)
@@ -192,15 +204,27 @@ def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
     """Tensors that hold parts of a channel axis whose parts are used one by one."""
     if not ledger.taken_apart:
         return
+    if ledger.picked_inside:
+        _without_inner_axes(ledger)
     for index, record in enumerate(traced.records):
         for out in record.outputs:
             for factor in ledger.values.get(out.id, ()) if out is not None else ():
                 origin = factor.origin
                 if origin is not None and (origin.value, origin.axis) in ledger.taken_apart:
-                    refusal = _refusal(record.node, record.op, JOINT)
-                    ledger.boxes.append(Box(factor.labels, refusal))
+                    ledger.confine(factor, _refusal(record.node, record.op, JOINT))
                     if base_name(record.op) in VIEWS:
                         ledger.sized.append(SizedUse(index, factor.labels))
+
+
+def _without_inner_axes(ledger: Ledger) -> None:
+    """Where inner positions are picked by number, rows cannot choose theirs by themselves."""
+    for value, labels in ledger.values.items():
+        ledger.values[value] = tuple(
+            replace(f, inner=None)
+            if f.origin is not None and (f.origin.value, f.origin.axis) in ledger.picked_inside
+            else f
+            for f in labels
+        )
 
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
@@ -217,7 +241,7 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
     }
     for use in ledger.sized:
         record = traced.records[use.record]
-        if not can_resize(traced.graph_module, nodes[record.node], copies=use.copies):
+        if not can_resize(traced.graph_module, nodes[record.node]):
             results = [r.id for r in record.outputs if r is not None]
             if not all(r in ledger.gathers and r in visible for r in results):
                 ledger.freeze(use.labels, _refusal(record.node, record.op, OPAQUE))

@@ -1,17 +1,17 @@
 """Solve the equations: connected components of labels are channels, unless something froze them."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from fxprune.coupling.blocks import BoolArray, block_sets
-from fxprune.coupling.boxes import box_equations
+from fxprune.coupling.boxes import box_equations, rows_choose
 from fxprune.errors import Refusal
 from fxprune.ops.labels import IntArray
-from fxprune.ops.ledger import Ledger, Role
+from fxprune.ops.ledger import Blocks, Ledger, Role
 
 UNEVEN = (
     "uneven-blocks",
@@ -44,6 +44,7 @@ def solve(ledger: Ledger) -> Solution:
     while extra := box_equations(component, ledger.boxes):
         ledger.pairs.extend(extra)
         component = _components(ledger)
+    _note_rows(ledger, component)
     n = int(component.max(initial=-1)) + 1
     has_slot, movable = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     for axis in ledger.parameters.values():
@@ -74,6 +75,20 @@ def solve(ledger: Ledger) -> Solution:
     reasons = {int(number[c]): tuple(r) for c, r in why.items()}
     n_classes = len(prunable) + len(held)
     return Solution(number[component], len(prunable), n_classes, reasons)
+
+
+def _note_rows(ledger: Ledger, component: IntArray) -> None:
+    """Rows that choose positions lose equally many; elsewhere there is no inner axis after all."""
+    for box in ledger.boxes:
+        if box.inner and rows_choose(component[box.labels]):
+            rows = box.labels.reshape(-1, box.labels.shape[-1])
+            ledger.blocks.append(Blocks(rows, box.refusal.node, box.refusal.op))
+    for value, labels in ledger.values.items():
+        if any(f.inner is not None for f in labels):
+            ledger.values[value] = tuple(
+                f if f.inner is None or rows_choose(component[f.rows()]) else replace(f, inner=None)
+                for f in labels
+            )
 
 
 def _is_one(classes: IntArray) -> bool:

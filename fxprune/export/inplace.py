@@ -1,6 +1,7 @@
 """``apply_plan``: a plan carried out on a fresh instance of the author's class, or its weights."""
 
 import copy
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -99,7 +100,9 @@ def slim_copy(
     If attributes are equal of which one changes, it is the first choice that equals the masked
     original, or the first of all if none does. A copy without such a choice is not checked here.
     """
-    changes = size_changes(analyze(trace(model, example_inputs, "eager")), plan)
+    changes = size_changes(
+        analyze(replace(trace(model, example_inputs, "eager"), head_dims=captured.head_dims)), plan
+    )
     readings = changes.readings(model)
     tried = []
     for reading in readings:
@@ -120,8 +123,8 @@ def _captured_like(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> 
         except CaptureError:
             continue
         variants = FIXED_CALLS if traced.frontend == "eager" else (frozenset[str](),)
-        for variant in variants:
-            traced = replace(traced, fixed_calls=variant, derived={})
+        for variant, head_dims in itertools.product(variants, (False, True)):
+            traced = replace(traced, fixed_calls=variant, head_dims=head_dims, derived={})
             if analyze(traced).fingerprint == plan.fingerprint:
                 return traced
     raise FingerprintError(

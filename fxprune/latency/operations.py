@@ -220,7 +220,11 @@ class _Collector:
                     extents[axis] = Extent(size, self.width(own.labels), shared, own.blocks)
         for factor in ledger.values.get(value, ()):
             for k, axis in enumerate(factor.axes):
-                extents[axis] = Extent(traced.shape[axis], self.width(factor.labels, k))
+                if factor.inner is None:
+                    width = self.width(factor.labels, k)
+                else:
+                    width = self.width(factor.rows()[0]) if axis == factor.inner else -1
+                extents[axis] = Extent(traced.shape[axis], width)
         return tuple(extents)
 
 

@@ -1,7 +1,7 @@
 """One recorded operator as its rule sees it: arguments by name, operands with labels."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from fxprune.errors import Refusal
 from fxprune.ops.labels import Factor, IntArray, Labels
-from fxprune.ops.ledger import Box, Ledger, Role, SizedUse
+from fxprune.ops.ledger import Ledger, Role, SizedUse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +50,19 @@ class Operand:
         settled = (f if len(f.axes) == 1 else self.call.settle(f) for f in self.labels)
         return {f.axes[0]: f.labels for f in settled}
 
+    def on(self, axis: int, *others: int) -> IntArray | None:
+        """Labels of one axis; None if it is untracked, or a joint factor settled on another one.
+
+        Args:
+            axis: the axis.
+            others: axes on which joint factors are settled rather than on any other.
+        """
+        for factor in self.labels:
+            if axis in factor.axes:
+                settled = self.call.settle(factor, *(a for a in factor.axes if a in others))
+                return settled.labels if settled.axes == (axis,) else None
+        return None
+
     def knows(self, axis: int) -> bool:
         """Whether the axis has labels already, or cannot have any."""
         if not self.parameter or self.shape[axis] == 1:
@@ -62,7 +75,7 @@ class Operand:
         if self.parameter:
             ledger.adopt(self.parameter, axis, labels, role, node)
             return
-        own = self.axes().get(axis)
+        own = self.on(axis)
         if own is None:
             self.call.freeze(labels, *UNTRACKED)
             return
@@ -77,7 +90,7 @@ class Operand:
         if self.parameter:
             ledger, node = self.call.ledger, self.call.node
             return ledger.own(self.parameter, axis, self.shape[axis], role, node)
-        own = self.axes().get(axis)
+        own = self.on(axis)
         if own is not None and self.weight:
             self.call.ledger.mark(own, role)
         return own
@@ -102,7 +115,7 @@ class Operand:
             known = {}
             for factor in self.labels:
                 inside = [a for a in factor.axes if a in keep]
-                single = self.call.settle(factor, *inside[:1]) if len(factor.axes) > 1 else factor
+                single = self.call.settle(factor, *inside) if len(factor.axes) > 1 else factor
                 known[single.axes[0]] = single.labels
         for axis, labels in known.items():
             if axis not in keep:
@@ -177,20 +190,23 @@ class Call:
     def sized(self, labels: Labels) -> None:
         """Note that sizes among the arguments depend on these labels."""
         for factor in labels:
-            self.ledger.sized.append(SizedUse(self.index, factor.labels, factor.copies))
+            self.ledger.sized.append(SizedUse(self.index, factor.labels))
 
-    def settle(self, factor: Factor, keep: int | None = None) -> Factor:
+    def settle(self, factor: Factor, *axes: int) -> Factor:
         """Reduce a joint factor to one axis (see ``Ledger.settle``)."""
-        return self.ledger.settle(factor, keep)
+        return self.ledger.settle(factor, *axes)
 
     def boxed(self, factor: Factor) -> Factor:
-        """A joint factor that stays joint, although its lineage ends here: it has to be a box."""
+        """A joint factor that stays joint, although its lineage ends here.
+
+        What is kept of it has to be a box, or equally much of every row.
+        """
         if len(factor.axes) == 1:
             return factor
-        self.ledger.boxes.append(Box(factor.labels, self.refusal(*JOINT)))
+        self.ledger.confine(factor, self.refusal(*JOINT))
         if factor.origin is not None:
             self.ledger.taken_apart.add((factor.origin.value, factor.origin.axis))
-        return Factor(factor.axes, factor.labels)
+        return replace(factor, origin=None)
 
     def freeze(self, labels: IntArray, code: str, why: str, need: str) -> None:
         """Freeze labels, giving this operator as the place."""

@@ -5,12 +5,12 @@ consumer side. A letter that the output has is the producer side.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fxprune.ops.call import UNTRACKED, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Folded, Role
 
@@ -29,28 +29,85 @@ def ein(**axes: str) -> Rule:
     """
     out = axes.pop("out")
     summed = {c for letters in axes.values() for c in letters if c not in out}
+    batch = set(out).intersection(*axes.values())
+
+    def own(call: Call, name: str) -> tuple[int, ...]:
+        shift = len(call[name].shape) - len(axes[name])
+        return tuple(k + shift for k, letter in enumerate(axes[name]) if letter not in batch)
 
     def rule(call: Call) -> tuple[Labels, ...]:
         places = [
-            _Place(call[name], name, letter, at, _role(letters, letter, out))
+            _Place(call[name], name, letter, at, _role(letters, letter, out), own(call, name))
             for name, letters in axes.items()
             for at, letter in enumerate(letters, len(call[name].shape) - len(letters))
             if at >= 0 and call[name].shape[at] > 1
         ]
         sizes = {p.letter: p.operand.shape[p.axis] for p in places}
-        met = {c: _meet(call, [p for p in places if p.letter == c]) for c in sizes}
+        rows = _rows(call, places, out)
+        held = {c for name in rows for c in name}
+        met = {c: _meet(call, [p for p in places if p.letter == c]) for c in sizes if c not in held}
         tracked = {c: labels for c, labels in met.items() if labels is not None}
-        _note_reads(call, [p for p in places if p.letter in summed], tracked)
-        scale = math.prod(size for c, size in sizes.items() if c not in tracked)
+        summing = [p for p in places if p.letter in summed]
+        _note_reads(call, summing, tracked | {name[-1]: rows[name] for name in rows})
+        scale = math.prod(size for c, size in sizes.items() if c not in tracked and c not in held)
         scale *= call.op not in _VECTORS
-        factors = tuple(tracked[c] for c in sorted(tracked))
+        factors = (*(tracked[c] for c in sorted(tracked)), *rows.values())
         call.ledger.contractions.append(Contraction(call.index, scale, factors))
         if all(p.operand.weight for p in places):
             found = [tracked[c] for c in sorted(summed & tracked.keys())]
             call.ledger.folded.extend(Folded(call.index, call.node, labels) for labels in found)
-        return (tuple(Factor((k,), tracked[c]) for k, c in enumerate(out) if c in tracked),)
+        single = [Factor((k,), tracked[c]) for k, c in enumerate(out) if c in tracked]
+        joint = [_placed(out, name, rows[name]) for name in rows if name[-1] in out]
+        return ((*single, *joint),)
 
     return rule
+
+
+def _rows(call: Call, places: Sequence["_Place"], out: str) -> dict[str, IntArray]:
+    """Labels over several letters, the last of which is the inner axis of every operand with it.
+
+    The other letters are batch: every operand and the result have them. So the rows of a product,
+    such as the heads of attention, choose positions of the inner letter by themselves. Factors that
+    do not fit are settled when their letters meet.
+    """
+    letters: dict[Operand, dict[int, str]] = {}
+    for place in places:
+        letters.setdefault(place.operand, {})[place.axis] = place.letter
+    rows = {}
+    for name, found in _lettered(letters).items():
+        batch, inner = set(name[:-1]), name[-1]
+        everywhere = all(
+            batch <= {*at.values()} for at in (*letters.values(), dict(enumerate(out)))
+        )
+        if everywhere and found.keys() == {o for o, at in letters.items() if inner in at.values()}:
+            rows[name], *others = found.values()
+            for other in others:
+                call.ledger.equate(rows[name], other)
+    for operand, at in letters.items():
+        for factor in operand.labels:
+            if factor.inner is None and any(at[a] in name for name in rows for a in factor.axes):
+                call.freeze(factor.labels, *FIXED_AXIS)
+    return rows
+
+
+def _lettered(letters: Mapping[Operand, Mapping[int, str]]) -> dict[str, dict[Operand, IntArray]]:
+    """Factors with an inner axis by the letters of their axes, sorted but for the inner one."""
+    found: dict[str, dict[Operand, IntArray]] = {}
+    for operand, at in letters.items():
+        for factor in (f for f in operand.labels if f.inner is not None):
+            order = np.lexsort(
+                ([at[a] for a in factor.axes], [a == factor.inner for a in factor.axes])
+            )
+            name = "".join(at[factor.axes[k]] for k in order)
+            found.setdefault(name, {})[operand] = factor.labels.transpose(order)
+    return found
+
+
+def _placed(letters: str, name: str, labels: IntArray) -> Factor:
+    """Labels over several letters as a factor of a tensor with these letters on its axes."""
+    order = sorted(range(len(name)), key=lambda k: letters.index(name[k]))
+    axes = tuple(letters.index(name[k]) for k in order)
+    return Factor(axes, labels.transpose(order), inner=letters.index(name[-1]))
 
 
 # Products with a vector: PyTorch's counter of operations, whose count is ours, leaves them out.
@@ -66,6 +123,7 @@ class _Place:
     letter: str
     axis: int
     role: Role
+    own: tuple[int, ...]  # axes of the operand that are no batch axes of the product
 
 
 def _role(letters: str, letter: str, out: str) -> Role:
@@ -80,7 +138,7 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
     places = sorted(places, key=lambda p: not p.operand.knows(p.axis))  # new weights adopt
     weights = [p for p in places if p.operand.weight]
     others = [p for p in places if not p.operand.weight]
-    tracked = [x for p in others if (x := p.operand.axes().get(p.axis)) is not None]
+    tracked = [x for p in others if (x := _on(call, p)) is not None]
     if not tracked and not weights:
         return None
     labels = tracked[0] if tracked else weights[0].operand.own(weights[0].axis, weights[0].role)
@@ -92,7 +150,13 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
         weight.operand.adopt(weight.axis, labels, weight.role)
     if len(tracked) < len(others):
         call.freeze(labels, *NETWORK_INPUT)
+        return labels if weights else None
     return labels
+
+
+def _on(call: Call, place: _Place) -> IntArray | None:
+    """Labels of one letter. Heads that shall become narrower are settled on their features."""
+    return place.operand.on(place.axis, *(place.own if call.ledger.head_dims else ()))
 
 
 def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) -> None:
@@ -120,7 +184,8 @@ def convolution(call: Call) -> tuple[Labels, ...]:
         rows = weight.shape[0] // groups
         per_group_out = weight.shape[1] if transposed else rows
         per_group_in = rows if transposed else weight.shape[1]
-        branch = _whole_groups if min(per_group_in, per_group_out) == 1 else _equal_counts
+        whole = min(per_group_in, per_group_out) == 1 or call.index in call.ledger.whole_groups
+        branch = _whole_groups if whole else _equal_counts
         labels_in, labels_out = branch(call, labels_in, weight)
     _add_cost(call, x, weight, labels_in, labels_out)
     if labels_out is None:
@@ -145,7 +210,7 @@ def _dense(call: Call, labels_in: IntArray | None, weight: Operand, *, transpose
 
 
 def _whole_groups(call: Call, labels_in: IntArray | None, weight: Operand) -> Sides:
-    """Depthwise, with any multiplier: a group goes with its input and all of its outputs."""
+    """Depthwise, or with channels of a group tied: it goes with all that it reads and makes."""
     groups, rows = call["groups"], weight.shape[0]
     if labels_in is None:
         own = weight.own(0, Role.DEPTHWISE)
@@ -202,6 +267,8 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
     for side in sides:
         blocks = side.reshape(groups, -1)
         call.ledger.blocks.append(Blocks(blocks, call.node, "aten.convolution"))
+    if call.op in RULES:
+        call.ledger.equal_groups[call.index] = np.concatenate([side.ravel() for side in sides])
     return sides
 
 

@@ -1,7 +1,8 @@
 """Operators that bring positions of their own: constants, copies, padding, tables."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,25 +33,45 @@ def expand(call: Call) -> tuple[Labels, ...]:
         call.sized(x.labels)
         return (x.labels,)
     shift = len(shape) - len(x.shape)
-    known = {a + shift: labels for a, labels in x.axes().items()}
-    factors = []
-    for axis, size in enumerate(shape):
-        copies = size > 1 and (axis < shift or x.shape[axis - shift] == 1)
-        labels = call.ledger.fresh(size) if copies else known.get(axis)
-        if labels is not None:
-            factors.append(Factor((axis,), labels, copies=copies))
+    factors = [_shifted(f, shift) for f in settled_without_rows(call, x.labels)]
+    factors += _copies(call, x.shape)
+    factors.sort(key=lambda f: f.axes)
     call.sized(tuple(factors))
     return (tuple(factors),)
 
 
+def settled_without_rows(call: Call, labels: Labels) -> Iterator[Factor]:
+    """Factors over one axis each, but for those with an inner axis: these end their lineage."""
+    for factor in labels:
+        yield call.settle(factor) if factor.inner is None else call.boxed(factor)
+
+
+def _shifted(factor: Factor, shift: int) -> Factor:
+    inner = None if factor.inner is None else factor.inner + shift
+    return Factor(tuple(a + shift for a in factor.axes), factor.labels, inner=inner)
+
+
 def repeat(call: Call) -> tuple[Labels, ...]:
-    """``repeat``: copies of a channel carry its label."""
-    x, repeats = call["self"], call["repeats"]
-    shift = len(call.shapes[0]) - len(x.shape)
+    """``repeat``: copies of a channel carry its label; what is copied from one may shrink."""
+    x, repeats, shape = call["self"], call["repeats"], call.shapes[0]
+    shift = len(shape) - len(x.shape)
     factors = []
     for axis, labels in x.axes().items():
         factors.append(Factor((axis + shift,), np.tile(labels, repeats[axis + shift])))
-    return (tuple(factors),)
+    copies = _copies(call, x.shape)
+    call.sized(copies)
+    return ((*factors, *copies),)
+
+
+def _copies(call: Call, sizes: Sequence[int]) -> Labels:
+    """Axes of the result that only copy something of size 1; ``sizes``: of the operand."""
+    shape = call.shapes[0]
+    before = (1,) * (len(shape) - len(sizes)) + tuple(sizes)
+    return tuple(
+        Factor((axis,), call.ledger.fresh(size), copies=True)
+        for axis, size in enumerate(shape)
+        if size > 1 and before[axis] == 1
+    )
 
 
 def repeat_interleave(call: Call) -> tuple[Labels, ...]:
@@ -60,12 +81,15 @@ def repeat_interleave(call: Call) -> tuple[Labels, ...]:
         call.freeze_operands(*UNKNOWN_INDEX)
         return ((),)
     axis = dim % len(x.shape)
-    return (
-        tuple(
-            Factor((a,), np.repeat(labels, repeats) if a == axis else labels)
-            for a, labels in x.axes().items()
-        ),
-    )
+    factors = []
+    for factor in settled_without_rows(call, x.labels):
+        if axis in factor.axes:
+            labels = np.repeat(factor.labels, repeats, axis=factor.axes.index(axis))
+            factor = replace(factor, labels=labels)
+        factors.append(replace(factor, copies=False))
+    copies = _copies(call, x.shape)
+    call.sized(copies)
+    return ((*factors, *copies),)
 
 
 def constant_pad(call: Call) -> tuple[Labels, ...]:

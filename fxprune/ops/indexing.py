@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fxprune.ops.call import FIXED_AXIS, UNKNOWN_INDEX, Call, Operand
-from fxprune.ops.labels import Factor, IntArray, Labels, drop_axis, take
+from fxprune.ops.labels import Factor, IntArray, Labels, contiguous, drop_axis, take
 from fxprune.ops.ledger import Role
 from fxprune.ops.movement import arrived, identity_origin
 
@@ -21,12 +21,15 @@ def indexed(call: Call, x: Operand, axis: int, index: IntArray, result: int = 0)
         if axis not in factor.axes:
             moved.append(_elsewhere(call, factor))
             continue
-        if factor.origin is None and len(factor.axes) == 1 and not _contiguous(index):
-            factor = Factor(factor.axes, factor.labels, identity_origin(x, axis, _all(factor)))
+        if not contiguous(index) and (factor.origin is None or axis == factor.inner):
+            alone = call.settle(factor, axis)
+            factor = Factor(alone.axes, alone.labels, identity_origin(x, axis, _all(alone)))
         if len(index) <= 1:
             moved.append(_pick_one(call, factor, axis, index))
         else:
-            moved.append(take(factor, axis, index))
+            taken = take(factor, axis, index)
+            rows = taken.origin is None and taken.inner is not None
+            moved.append(call.boxed(taken) if rows else taken)
             call.sized((factor,))
     labels = arrived(call, tuple(moved), result)
     call.ledger.nonempty.extend(f.labels for f in labels if axis in f.axes)
@@ -35,19 +38,22 @@ def indexed(call: Call, x: Operand, axis: int, index: IntArray, result: int = 0)
 
 def _elsewhere(call: Call, factor: Factor) -> Factor:
     """A movement along an axis that the factor is not over ends its lineage."""
-    return factor if factor.origin is None else call.settle(factor)
+    if factor.origin is None:
+        return factor
+    return call.settle(factor) if factor.inner is None else call.boxed(factor)
 
 
 def _all(factor: Factor) -> IntArray:
     return np.arange(factor.labels.size)
 
 
-def _contiguous(index: IntArray) -> bool:
-    return bool((np.diff(index) == 1).all())
-
-
 def _pick_one(call: Call, factor: Factor, axis: int, index: IntArray) -> Factor:
     """One position of a channel axis has to stay; the others are not read here."""
+    if axis == factor.inner:
+        if factor.origin is None:
+            factor = call.settle(factor)
+        else:
+            call.ledger.picked_inside.add((factor.origin.value, factor.origin.axis))
     picked = take(factor, axis, index)
     call.sized((factor,))
     if len(factor.axes) == 1:

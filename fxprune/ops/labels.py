@@ -7,6 +7,9 @@ untracked: batch, space, anything that is never pruned. Axes of size 1 are never
 A reshape that splits a channel axis gives a *joint* factor over several axes. It remembers where
 its entries came from (:class:`Origin`), so that a chain of reshapes and transposes which ends in
 one channel axis again, such as a channel shuffle, is known to be one gather.
+
+What is kept of a joint factor has to be a box: one choice of positions along one of its axes. It
+may also have an *inner* axis, along which every row chooses positions of its own, equally many.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,13 +47,33 @@ class Origin:
 class Factor:
     """Labels over some axes: ``labels.shape[k]`` is the size of axis ``axes[k]``; axes ascend.
 
-    ``copies`` marks an axis whose positions all hold the same, such as an expanded one.
+    ``copies`` marks an axis whose positions all hold the same, such as an expanded one. ``inner``
+    is the axis of a joint factor along which rows may keep different positions, equally many: the
+    features of attention heads. A slim tensor holds what a row keeps in its original order.
     """
 
     axes: tuple[int, ...]
     labels: IntArray
     origin: Origin | None = None
     copies: bool = False
+    inner: int | None = None
+
+    def rows(self) -> IntArray:
+        """Labels with the inner axis last and all others flattened, [rows, positions]."""
+        assert self.inner is not None
+        at = self.axes.index(self.inner)
+        return np.moveaxis(self.labels, at, -1).reshape(-1, self.labels.shape[at])
+
+    def along(self, axis: int) -> IntArray | None:
+        """Labels that tell which positions along one of the factor's axes stay, [positions, n].
+
+        A position stays as long as one of its labels does. Of an inner axis, whose rows keep
+        equally many, the first row counts; around it everything stays.
+        """
+        if self.inner is None:
+            at = self.axes.index(axis)
+            return np.moveaxis(self.labels, at, 0).reshape(self.labels.shape[at], -1)
+        return self.rows()[:1].T if axis == self.inner else None
 
 
 Labels = tuple[Factor, ...]
@@ -99,7 +122,8 @@ def permute(labels: Labels, dims: Sequence[int]) -> Labels:
                 axes=tuple(origin.axes[d] for d in dims),
             )
         axes = tuple(where[factor.axes[k]] for k in order)
-        moved.append(Factor(axes, factor.labels.transpose(order), origin, factor.copies))
+        inner = None if factor.inner is None else where[factor.inner]
+        moved.append(Factor(axes, factor.labels.transpose(order), origin, factor.copies, inner))
     return tuple(moved)
 
 
@@ -109,7 +133,13 @@ def take(factor: Factor, axis: int, index: IntArray) -> Factor:
     origin = factor.origin
     if origin is not None:
         origin = replace(origin, index=np.take(origin.index, index, axis=at))
-    return Factor(factor.axes, np.take(factor.labels, index, axis=at), origin)
+    inner = None if factor.inner == axis and not contiguous(index) else factor.inner
+    return Factor(factor.axes, np.take(factor.labels, index, axis=at), origin, inner=inner)
+
+
+def contiguous(index: IntArray) -> bool:
+    """Whether positions follow each other."""
+    return bool((np.diff(index) == 1).all())
 
 
 def drop_axis(labels: Labels, axis: int) -> Labels:
@@ -126,14 +156,24 @@ def drop_axis(labels: Labels, axis: int) -> Labels:
             if origin is not None:
                 origin = replace(origin, index=origin.index.squeeze(at))
         if axes:
-            kept.append(Factor(tuple(a - (a > axis) for a in axes), array, origin))
+            inner = factor.inner if len(axes) > 1 and factor.inner != axis else None
+            inner = None if inner is None else inner - (inner > axis)
+            kept.append(Factor(tuple(a - (a > axis) for a in axes), array, origin, inner=inner))
     return tuple(kept)
 
 
 def reshape_factor(
-    factor: Factor, before: Sequence[int], after: Sequence[int], value: int, record: int
+    factor: Factor,
+    before: Sequence[int],
+    after: Sequence[int],
+    value: int,
+    record: int,
+    *,
+    by_row: bool = False,
 ) -> Factor | None:
     """The factor after ``view``; None if it would mix with axes outside one run of sizes.
+
+    With an inner axis it may lie in several runs. None then if its rows would be interleaved.
 
     Args:
         factor: labels before the view.
@@ -141,6 +181,7 @@ def reshape_factor(
         after: shape after.
         value: id of the tensor that is viewed, the origin of a factor that becomes joint.
         record: index of the operator.
+        by_row: a factor that becomes joint gets an inner axis, the last one.
     """
     runs = list(matching_runs(before, after))
     owner = {a: k for k, (ins, _) in enumerate(runs) for a in ins}
@@ -150,10 +191,18 @@ def reshape_factor(
     if trivial:
         axes = tuple(renamed[a] for a in factor.axes)
         origin = _renamed_origin(factor, renamed, len(after), axes)
-        return Factor(axes, factor.labels, origin, factor.copies)
-    if len(touched) > 1:
-        return None
-    ins, outs = runs[touched[0]]
+        inner = None if factor.inner is None else renamed[factor.inner]
+        return Factor(axes, factor.labels, origin, factor.copies, inner)
+    if factor.inner is None:
+        if len(touched) > 1:
+            return None
+        last = runs[touched[0]][1] if by_row and len(factor.axes) == 1 else ()
+    else:
+        first, last = runs[owner[factor.inner]]
+        if any(a in factor.axes and a > factor.inner for a in first):
+            return None
+    inner = max((a for a in last if after[a] > 1), default=None)  # None: nothing becomes joint
+    ins, outs = (tuple(a for k in touched for a in runs[k][side]) for side in (0, 1))
     labels = _through_run(factor.labels, factor.axes, ins, outs, before, after)
     origin = factor.origin
     lone = all(before[a] == 1 or a in factor.axes for a in ins)
@@ -170,7 +219,7 @@ def reshape_factor(
         origin = lineage and replace(lineage, index=index.reshape(labels.shape))
     else:
         origin = None
-    return _without_constant_axes(Factor(axes, labels, origin))
+    return _without_constant_axes(Factor(axes, labels, origin, inner=inner))
 
 
 def _renamed_origin(
@@ -193,7 +242,7 @@ def _through_run(
     before: Sequence[int],
     after: Sequence[int],
 ) -> IntArray:
-    """Spread an array over all axes of one run and give it the run's new shape."""
+    """Spread an array over all axes of runs and give it their new shape."""
     spread = array.reshape([before[a] if a in axes else 1 for a in ins])
     full = np.broadcast_to(spread, [before[a] for a in ins])
     return full.reshape([after[a] for a in outs])
@@ -206,6 +255,6 @@ def _without_constant_axes(factor: Factor) -> Factor:
         if len(axes) > 1 and bool((labels == labels.take([0], axis=at)).all()):
             labels = np.take(labels, 0, axis=at)
             axes.pop(at)
-    if len(axes) == len(factor.axes):
-        return factor
-    return Factor(tuple(axes), labels)
+    inner = factor.inner if len(axes) > 1 and factor.inner in axes else None
+    origin = factor.origin if len(axes) == len(factor.axes) else None
+    return Factor(tuple(axes), labels, origin, inner=inner)

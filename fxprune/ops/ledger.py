@@ -71,10 +71,14 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Box:
-    """Labels over several axes of one tensor: what is kept of them has to be a box."""
+    """Labels over several axes of one tensor: what is kept of them has to be a box.
+
+    With an inner axis, the last of ``labels``, it may also be as many positions of every row.
+    """
 
     labels: IntArray
     refusal: Refusal  # should nothing but all or nothing be a box
+    inner: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,14 +114,10 @@ class ChannelRead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SizedUse:
-    """An operator with sizes or positions among its arguments that a narrower axis changes.
-
-    ``copies`` says that the axis is made by the operator itself, not taken from an operand.
-    """
+    """An operator with sizes or positions among its arguments that a narrower axis changes."""
 
     record: int
     labels: IntArray
-    copies: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -140,10 +140,16 @@ class Ledger:
     reads: list[ChannelRead] = field(default_factory=list)
     sized: list[SizedUse] = field(default_factory=list)
     group_counts: dict[int, IntArray] = field(default_factory=dict)
+    equal_groups: dict[int, IntArray] = field(default_factory=dict)  # convolutions: their channels
+    whole_groups: frozenset[int] = frozenset()  # convolutions whose groups go as wholes
     nonempty: list[IntArray] = field(default_factory=list)
     values: dict[int, Labels] = field(default_factory=dict)
     weights: set[int] = field(default_factory=set)  # values that are computed from weights alone
     memory: dict[int, set[int]] = field(default_factory=dict)  # value -> all in the same memory
+    picked_inside: set[tuple[int, int]] = field(
+        default_factory=set
+    )  # its inner positions one by one
+    head_dims: bool = False  # parts of an axis that is taken apart get an inner axis
     _owners: list[tuple[int, str, int]] = field(default_factory=list)
 
     def fresh(self, n: int) -> IntArray:
@@ -210,11 +216,17 @@ class Ledger:
         inside = label < start + self.parameters[name, axis].labels.size
         return (name, axis) if inside else None
 
-    def settle(self, factor: Factor, keep: int | None = None) -> Factor:
-        """Make a joint factor a factor over one axis: its entries along the others become one."""
+    def settle(self, factor: Factor, *axes: int) -> Factor:
+        """Make a joint factor a factor over one axis: its entries along the others become one.
+
+        Args:
+            factor: the factor.
+            axes: which one it may be; the inner one if it is among them, else the first.
+        """
         if len(factor.axes) == 1:
             return factor if factor.origin is None else Factor(factor.axes, factor.labels)
-        keep = factor.axes[0] if keep is None else keep
+        choice = axes or (factor.axes[::-1] if self.head_dims else factor.axes)
+        keep = factor.inner if factor.inner in choice else choice[0]
         at = factor.axes.index(keep)
         lead = factor.labels[tuple(slice(None) if k == at else 0 for k in range(len(factor.axes)))]
         shape = [-1 if k == at else 1 for k in range(len(factor.axes))]
@@ -223,6 +235,13 @@ class Ledger:
             self.sized.append(SizedUse(factor.origin.record, factor.labels))
         self.note_taken_apart(factor)
         return Factor((keep,), lead)
+
+    def confine(self, factor: Factor, refusal: Refusal) -> None:
+        """What is kept of a joint factor has to be a box, or equally much of every row."""
+        labels = factor.labels
+        if factor.inner is not None:
+            labels = np.moveaxis(labels, factor.axes.index(factor.inner), -1)
+        self.boxes.append(Box(labels, refusal, factor.inner is not None))
 
     def note_taken_apart(self, factor: Factor) -> None:
         """Note that a factor is used by itself although it is only a part of what it came from.

@@ -6,6 +6,7 @@ movement would not (a channel shuffle, a strided slice), the result is noted as 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,15 +62,21 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     """Labels after ``view``. A merge that no gather can express settles the factor first."""
 
     def viewed(factor: Factor) -> Factor | None:
-        return reshape_factor(factor, operand.shape, shape, operand.value, call.index)
+        by_row = call.ledger.head_dims
+        before = operand.shape
+        return reshape_factor(factor, before, shape, operand.value, call.index, by_row=by_row)
 
     moved = []
     for factor in _without_merged_copies(call, operand, shape):
         new = viewed(factor)
-        if new is None or _merges_out_of_order(call, factor, new, len(shape)):
+        merged = new is None or _merges_out_of_order(call, factor, new, len(shape))
+        if new is None or (merged and factor.inner is None):
             new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
             new = Factor(new.axes, new.labels)
+        elif merged or (factor.origin is not None and new.origin is None):
+            call.boxed(factor)  # its rows, one behind the other, are in order
+            new = replace(new, origin=None)
         moved.append(call.boxed(new) if new.origin is None else new)
     return _disjoint(call, operand, moved)
 

@@ -1,6 +1,7 @@
 """Operators that act on every position alone: output position = the operands' same position."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -73,28 +74,46 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
             if len(factor.axes) > 1:
                 if done.issuperset(a + shift for a in factor.axes):
                     continue
-                single = call.settle(factor, *[a for a in factor.axes if a + shift in held][:1])
+                single = call.settle(factor, *[a for a in factor.axes if a + shift in held])
             found[single.axes[0]] = single
         known.append((operand, found))
     return known
 
 
 def _joint(call: Call, operands: list[Operand], ndim: int) -> Iterator[Factor]:
-    """Joint factors that stay joint: only their like, or size 1, meets them on their axes."""
-    aligned = [
-        {tuple(a + ndim - len(o.shape) for a in f.axes): f for f in o.labels if len(f.axes) > 1}
-        for o in operands
-    ]
+    """Joint factors that stay joint: only their like, or size 1, meets them on their axes.
+
+    Around an inner axis nothing is removed, so there others may have sizes, and channels that stay.
+    """
+    aligned = [_joint_factors(o, ndim) for o in operands]
     for axes in dict.fromkeys(axes for found in aligned for axes in found):
         alike = [found[axes] for found in aligned if axes in found]
-        if all(
-            axes in found or all(_size(o, a, ndim) == 1 for a in axes)
-            for o, found in zip(operands, aligned, strict=True)
-        ):
-            for other in alike[1:]:
-                call.ledger.equate(alike[0].labels, other.labels)
-            first, *_ = [call.boxed(factor) for factor in alike]
-            yield Factor(axes, first.labels)
+        others = [o for o, found in zip(operands, aligned, strict=True) if axes not in found]
+        inner = alike[0].inner
+        tight = axes if inner is None else (inner,)
+        if any(_size(o, a, ndim) > 1 for o in others for a in tight):
+            continue
+        if any(factor.inner != inner for factor in alike):
+            continue
+        for factor in alike[1:]:
+            call.ledger.equate(alike[0].labels, factor.labels)
+        for other in others:
+            for factor in other.labels:
+                if any(a + ndim - len(other.shape) in axes for a in factor.axes):
+                    call.freeze(factor.labels, *FIXED_AXIS)
+        first, *_ = [call.boxed(factor) for factor in alike]
+        yield first
+
+
+def _joint_factors(operand: Operand, ndim: int) -> dict[tuple[int, ...], Factor]:
+    """Joint factors of an operand by their axes, counted in a result of ``ndim`` axes."""
+    shift, found = ndim - len(operand.shape), {}
+    for factor in operand.labels:
+        if len(factor.axes) > 1:
+            axes = tuple(a + shift for a in factor.axes)
+            inner = None if factor.inner is None else factor.inner + shift
+            found[axes] = replace(factor, axes=axes, inner=inner)
+    return found
 
 
 def _size(operand: Operand, axis: int, ndim: int) -> int:

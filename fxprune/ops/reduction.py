@@ -38,7 +38,9 @@ def reduction(call: Call) -> tuple[Labels, ...]:
     factors = []
     for factor in x.labels:
         stay = [a for a in factor.axes if a not in gone]
-        single = factor if len(factor.axes) == 1 else call.settle(factor, *stay[:1])
+        single = factor
+        if len(factor.axes) > 1:
+            single = call.settle(factor, *(stay if factor.inner is None else ()))
         axis = single.axes[0]
         if axis in gone:
             _read(call, axis, single)
@@ -91,11 +93,12 @@ def softmax(call: Call) -> tuple[Labels, ...]:
 
 
 def _settled_apart(call: Call, x: Operand, axes: set[int]) -> Labels:
-    """Factors over one axis each; of joint ones an axis on which no statistic is taken."""
-    return tuple(
-        call.settle(f, *[a for a in f.axes if a not in axes][:1]) if len(f.axes) > 1 else f
-        for f in x.labels
-    )
+    """Factors over one axis each: of joint ones the inner, or one that has no statistic."""
+    found = []
+    for factor in x.labels:
+        others = [a for a in factor.axes if a not in axes and factor.inner is None]
+        found.append(call.settle(factor, *others) if len(factor.axes) > 1 else factor)
+    return tuple(found)
 
 
 def statistic(call: Call, argument: str, axis: int, labels: IntArray) -> None:

@@ -33,6 +33,8 @@ class Kind(StrEnum):
     SQUEEZE = "squeeze"  # (x, dim): without dim, every axis of size 1
     SCALE = "scale"  # (query, key, value, *, scale): the default follows the width of the query
     NORM = "norm"  # (x, normalized_shape): the sizes of the last axes
+    REPEAT = "repeat"  # (x, count, dim): each position so many times
+    TILE = "tile"  # from argument 1: how many copies along every axis of the result
     PAD = "pad"  # (x, [before, after, ...] from the last axis)
 
 
@@ -66,6 +68,10 @@ SIZED: dict[Any, Kind] = {
     "tensor_split": Kind.CHUNK,
     torch.tensor_split: Kind.CHUNK,
     operator.getitem: Kind.INDEX,
+    **dict.fromkeys(
+        ("repeat_interleave", torch.repeat_interleave, "aten::repeat_interleave"), Kind.REPEAT
+    ),
+    **dict.fromkeys(("repeat", "aten::repeat", "tile", torch.tile, "aten::tile"), Kind.TILE),
     "narrow": Kind.NARROW,
     torch.narrow: Kind.NARROW,
     "select": Kind.SELECT,
@@ -128,8 +134,6 @@ ADAPTIVE: frozenset[Any] = frozenset(
         torch.unsqueeze,
         "unbind",
         torch.unbind,
-        "repeat_interleave",
-        torch.repeat_interleave,
         F.normalize,
         F.glu,
         nn.GLU,
@@ -169,17 +173,13 @@ ADAPTIVE: frozenset[Any] = frozenset(
         *(
             f"aten::{name}"
             for name in (
-                "flatten unsqueeze unbind repeat_interleave glu linear matmul einsum zeros_like "
+                "flatten unsqueeze unbind glu linear matmul einsum zeros_like "
                 "ones_like broadcast_tensors instance_norm batch_norm group_norm prelu bmm "
                 "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
                 "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
             ).split()
         ),
     }
-)
-
-_COUNTED_COPIES: frozenset[Any] = frozenset(
-    {"repeat_interleave", torch.repeat_interleave, "aten::repeat_interleave"}
 )
 
 # Leaf modules with ``num_features``: the channels of their input, parameters or not.
@@ -231,16 +231,10 @@ def target_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return node.target
 
 
-def can_resize(graph_module: fx.GraphModule, node: fx.Node, *, copies: bool) -> bool:
-    """Whether sizes inside the call follow a narrower input, or can be set.
-
-    Args:
-        graph_module: owner of the node.
-        node: the call.
-        copies: the size is a number of copies that the call makes.
-    """
+def can_resize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether sizes inside the call follow a narrower input, or can be set."""
     target = target_of(graph_module, node)
-    return target in SIZED or (target in ADAPTIVE and not (copies and target in _COUNTED_COPIES))
+    return target in SIZED or target in ADAPTIVE
 
 
 def can_hold_slim_parameters(module: nn.Module) -> bool:

@@ -166,7 +166,7 @@ def describe(
     Args:
         deps: the dependency graph.
         alive: which channels stay.
-        requested: what was asked for.
+        requested: what was asked for; ``head_dims`` is added where heads are narrowed.
         notes: remarks on groups, by index.
         budgets: what else than MACs and parameters was limited.
         search: what is known about the choice.
@@ -192,7 +192,7 @@ def describe(
     approximate = sorted({n for k in touched for n in deps.groups[k].approximate})
     return PruningPlan(
         fingerprint=deps.fingerprint,
-        requested=requested,
+        requested=requested | ({"head_dims": True} if deps.traced.head_dims else {}),
         reached=reached,
         groups=groups,
         frozen=tuple((g.name, g.width, str(g.reasons[0])) for g in deps.frozen),

@@ -84,13 +84,14 @@ class ReconstructionError:
             fitted, _ = reconstruct_model(
                 deps.traced, chosen, rewrite(deps.traced, chosen), inputs, draft=True
             )
-            slim = analyze(trace(fitted, deps.traced.args))
+            again = trace(fitted, deps.traced.args, head_dims=deps.traced.head_dims)
+            slim = analyze(again)
             alive = kept_channels(deps, chosen)
             known = original_channels(deps, alive, slim)
-            again = known[self._order(slim, inputs, rows)]
-            again = again[again >= 0]
-            rest = np.setdiff1d(np.flatnonzero(alive), again)  # prunable only in the whole model
-            order = np.concatenate([order[~alive[order]], again, rest])
+            ranked = known[self._order(slim, inputs, rows)]
+            ranked = ranked[ranked >= 0]
+            rest = np.setdiff1d(np.flatnonzero(alive), ranked)  # prunable only in the whole model
+            order = np.concatenate([order[~alive[order]], ranked, rest])
         return _ranks(order)
 
     def _budget(self, share: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import Ref
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.ops.labels import Factor
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 
@@ -72,13 +73,22 @@ class FeatureMatching:
         object.__setattr__(self, "_kept", [self._kept_axes(name, alive) for name in names])
 
     def _kept_axes(self, name: str, alive: np.ndarray[Any, Any]) -> list[tuple[int, Tensor]]:
-        """The axes of a node's value that lose positions, and which positions stay."""
+        """The axes of a node's value that lose positions, and which positions stay.
+
+        All along the axis keep the same, [kept], or every head its own, broadcast to the value.
+        """
         value = self.deps.traced.results[name]
         if not isinstance(value, Ref):
             raise ArgumentError(f"node {name} gives {type(value).__name__}, not one tensor")
         found = []
         for factor in self.deps.ledger.values.get(value.id, ()):
             kept = np.append(alive, True)[self.deps.channel_of[factor.labels]]
+            if kept.all():
+                continue
+            if factor.inner is not None:
+                shape = self.deps.traced.values[value.id].shape
+                found.append((factor.inner, _kept_by_row(factor, kept, len(shape))))
+                continue
             for k, axis in enumerate(factor.axes):
                 others = tuple(j for j in range(kept.ndim) if j != k)
                 positions = kept.any(axis=others) if others else kept
@@ -95,7 +105,9 @@ class FeatureMatching:
         terms = []
         for name, axes, s, t in zip(self.nodes, self._kept, student, teacher, strict=True):
             for axis, positions in axes:
-                t = t.index_select(axis, positions.to(t.device))
+                positions = positions.to(t.device)
+                alike = positions.dim() == 1
+                t = t.index_select(axis, positions) if alike else t.take_along_dim(positions, axis)
             if s.shape != t.shape:
                 raise ArgumentError(
                     f"node {name} gives {list(s.shape)} in the slim model, and the kept channels "
@@ -104,6 +116,16 @@ class FeatureMatching:
             s, t = (x if x.dtype.itemsize >= 4 else x.float() for x in (s, t))
             terms.append((s - t).square().sum() / t.square().sum().clamp(min=1e-12))
         return self.weight * torch.stack(terms).mean()
+
+
+def _kept_by_row(factor: Factor, kept: np.ndarray[Any, Any], ndim: int) -> Tensor:
+    """Positions along the inner axis that each row keeps, in order, with ``ndim`` axes."""
+    assert factor.inner is not None
+    at = factor.axes.index(factor.inner)
+    count = int(kept.sum(axis=at).max())
+    index = np.argsort(~kept, axis=at, kind="stable").take(np.arange(count), axis=at)
+    shape = dict(zip(factor.axes, index.shape, strict=True))
+    return torch.from_numpy(index.reshape([shape.get(a, 1) for a in range(ndim)]))
 
 
 def find_node(module: nn.Module, name: str) -> fx.Node:

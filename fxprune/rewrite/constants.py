@@ -283,6 +283,30 @@ def _edit_scale(site: Site) -> None:
         site.node.kwargs = {**site.node.kwargs, "scale": width**-0.5}
 
 
+def _edit_repeat(site: Site) -> None:
+    """Copies of a single position: as many as are kept."""
+    dim = site.argument(2, "dim")
+    source = site.shapes.shape(site.input)[dim % site.ndim]
+    needed = site.shapes.shape(site.result.id)[dim % site.ndim] // source
+    site.set(1, "repeats", _agree(site.written(1, "repeats"), site.value(1, "repeats"), needed))
+
+
+def _edit_tile(site: Site) -> None:
+    """Copies along every axis: of a single position as many as are kept."""
+    result = site.shapes.shape(site.result.id)
+    source = (1,) * (len(result) - site.ndim) + site.shapes.shape(site.input)
+    needed = tuple(n // max(s, 1) for n, s in zip(result, source, strict=True))
+    name = next((n for n in ("repeats", "dims") if n in site.node.kwargs), "repeats")
+    whole = isinstance(site.value(1, name), (tuple, list))
+    values = site.value(1, name) if whole else site.new[1:]
+    needed = needed[len(needed) - len(values) :]  # tile() may name the last axes only
+    if whole:
+        _edit_sizes(site, 1, name, needed)
+    else:
+        sizes = zip(site.node.args[1:], values, needed, strict=True)
+        site.node.args = (site.node.args[0], *(_agree(w, v, n) for w, v, n in sizes))
+
+
 def _edit_squeeze(site: Site) -> None:
     """Name the axes, so that a channel axis that shrank to size 1 is not squeezed with them."""
     if site.argument(1, "dim") is None:
@@ -330,6 +354,8 @@ EDITORS: dict[Kind, Callable[[Site], None]] = {
     Kind.SLICE: _edit_slice,
     Kind.SCALE: _edit_scale,
     Kind.NORM: _edit_norm,
+    Kind.REPEAT: _edit_repeat,
+    Kind.TILE: _edit_tile,
     Kind.SQUEEZE: _edit_squeeze,
     Kind.PAD: _edit_pad,
 }

@@ -52,9 +52,10 @@ class SlimShapes:
                 }
             else:
                 self._tracked[value] = {
-                    k: self._project(factor, k)
+                    k: np.asarray(self.kept(labels).any(axis=1))
                     for factor in reversed(ledger.values.get(value, ()))
                     for k in factor.axes
+                    if (labels := factor.along(k)) is not None
                 }
         return self._tracked[value]
 
@@ -70,25 +71,23 @@ class SlimShapes:
         """Whether the value loses anything."""
         return self.shape(value) != self.deps.traced.values[value].shape
 
-    def _project(self, factor: Factor, axis: int) -> BoolArray:
-        kept = self.kept(factor.labels)
-        if len(factor.axes) == 1:
-            return kept
-        others = tuple(k for k, a in enumerate(factor.axes) if a != axis)
-        return np.asarray(kept.any(axis=others))
-
     def check_rectangular(self, value: int, node: str) -> None:
-        """What is kept of a joint factor has to be a box, or no tensor can hold it.
+        """What is kept of a joint factor has to be a box, or as much of every row.
 
         Raises:
             RewriteError: it is not.
         """
         for factor in self.deps.ledger.values.get(value, ()):
-            if len(factor.axes) > 1:
-                kept = self.kept(factor.labels)
-                sides = [self._project(factor, a) for a in factor.axes]
-                if kept.sum() != np.prod([s.sum() for s in sides]):
-                    raise RewriteError(
-                        f"{node}: what the plan keeps of axes {factor.axes} of shape "
-                        f"{list(factor.labels.shape)} is no box, so no reshape can produce it"
-                    )
+            if len(factor.axes) > 1 and not self._fits(factor):
+                raise RewriteError(
+                    f"{node}: what the plan keeps of axes {factor.axes} of shape "
+                    f"{list(factor.labels.shape)} is no box, so no reshape can produce it"
+                )
+
+    def _fits(self, factor: Factor) -> bool:
+        if factor.inner is not None:
+            counts = self.kept(factor.rows()).sum(axis=1)
+            return bool((counts == counts[0]).all())
+        sides = (factor.along(axis) for axis in factor.axes)
+        widths = [self.kept(side).any(axis=1).sum() for side in sides if side is not None]
+        return bool(self.kept(factor.labels).sum() == np.prod(widths))

@@ -47,7 +47,8 @@ class Read:
     Attributes:
         operand: its name in the operator's schema; for a matrix product its side, 0 or 1.
         axis: the channel axis.
-        kept: which positions stay.
+        kept: which positions stay, [positions]; or [batch, positions] where every entry of the
+            first axis, such as a head, keeps its own.
         exact: whether zeroing the others is leaving them out.
     """
 
@@ -174,9 +175,11 @@ class _Finder:
             kept[list(planned.kept)] = True
             return kept
         for factor in self.deps.ledger.values.get(operand.id, ()):
+            if axis == factor.inner and sorted(factor.axes) == [0, axis]:
+                return self.kept(factor.rows())
             if axis in factor.axes:
-                others = tuple(k for k, a in enumerate(factor.axes) if a != axis)
-                return np.asarray(self.kept(factor.labels).any(axis=others))
+                labels = factor.along(axis)
+                return None if labels is None else np.asarray(self.kept(labels).any(axis=1))
         return None
 
     def check_known_contractions(self) -> None:
@@ -231,9 +234,9 @@ class _MaskingGuard(Guard):
             name, axis = PRODUCTS[base_name(func)][name]
         at = [argument for argument, _ in schema_arguments(func)].index(name)
         tensor = args[at] if at < len(args) else kwargs[name]
-        if tensor.shape[axis] != len(read.kept):
+        if tensor.shape[axis] != read.kept.shape[-1]:
             found = f"{name} of {func} has shape {list(tensor.shape)}"
-            raise _other_operators(self._node, f"{found}, not {len(read.kept)} on axis {axis}")
+            raise _other_operators(self._node, f"{found}, not {read.kept.shape[-1]} on axis {axis}")
         tensor = _zeroed(tensor, axis, read.kept) if read.exact else _left(tensor, axis, read.kept)
         if at < len(args):
             return (*args[:at], tensor, *args[at + 1 :]), kwargs
@@ -306,7 +309,8 @@ def _other_operators(node: str, what: str) -> VerificationError:
 
 def _zeroed(tensor: torch.Tensor, axis: int, kept: BoolArray) -> torch.Tensor:
     shape = [1] * tensor.dim()
-    shape[axis] = -1
+    shape[axis] = kept.shape[-1]
+    shape[0] *= kept.size // kept.shape[-1]
     gone = torch.from_numpy(~kept).to(tensor.device).view(shape)
     return tensor.masked_fill(gone, 0)
 

@@ -171,6 +171,26 @@ class ShownGroups(nn.Module):
         return x[:, : self.n], self.head(self.last(x[:, self.n :]))
 
 
+HEADS = ("stem.0", "stem.1", "grouped")  # they reach a product of activations
+
+
+class GroupsOfHeads(nn.Module):
+    """A convolution with a group for each head, which makes another: all of it goes together."""
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.last = conv_bn(3, 12), conv_bn(24, 11)
+        self.grouped = layer(12, 12, 3, padding=1, groups=3)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        heads = torch.cat([x, self.grouped(x)], 1).unflatten(1, (6, 4)).flatten(3)
+        scores = (heads.transpose(-2, -1) @ heads / 4).softmax(-1)
+        y = (heads @ scores).flatten(1, 2).unflatten(2, x.shape[2:])
+        return self.head(self.last(y))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -314,6 +334,10 @@ CASES: dict[str, Case] = {
     "spatial_attention": Case(SpatialAttention, None, fixed=("head", "gate"), exact=False),
     "group_norm": Case(GroupNorm, None, either=("stem",), exact=False),
     "one_group_shown": Case(lambda: ShownGroups(8), 12 + 11, fixed=("head", "grouped")),
+    "groups_of_heads": Case(lambda: GroupsOfHeads(nn.Conv2d), 3 + 11, silent=HEADS),
+    "transposed_groups_of_heads": Case(
+        lambda: GroupsOfHeads(nn.ConvTranspose2d), 3 + 11, silent=HEADS
+    ),
     "half_a_group_shown": Case(lambda: ShownGroups(4), None, either=("grouped",)),
     "two_inputs": Case(TwoInputs, 11 + 7 + 13, two_inputs),
     "two_positional": Case(TwoInputs, 11 + 7 + 13, two_positional),
