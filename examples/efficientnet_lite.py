@@ -67,7 +67,7 @@ PICTURES: dict[str, tuple[int, ...]] = {
 }
 SUM = fp.CPMC(dependency="sum", norm=1, macs=1.0, params=1.0)
 IMAGE_SIZE = 224
-CALIBRATION_CROPS = 128
+CALIBRATION_CROPS = 96
 CORNERS_AND_CENTRE = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
 

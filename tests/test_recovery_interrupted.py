@@ -18,7 +18,7 @@ RUNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "recalibrated": lambda m, x: fp.recalibrate(m, x),
 }
 PLACES = {
-    "observing": (evidence, "_observe_batch"),
+    "observing": (evidence._Observer, "observe"),
     "choosing": (elimination.Reader, "remove"),
     "running": (lockstep.Lockstep, "_result"),
     "fitting": (layers.Layer, "add_to_weights"),

@@ -1,5 +1,6 @@
 """Calibration batches: what users hand in, checked and brought to one form."""
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import describe
-from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.errors import ArgumentError, ExampleInputError, NonFiniteError
 
 CHUNK = 32  # samples of one batch, where a single tensor holds all of them
 Inputs = tuple[Any, ...]
@@ -17,6 +18,22 @@ NEEDED = (
     "give an iterable of batches (tensors, tuples of inputs, or dicts of inputs by name), or one "
     "tensor of samples"
 )
+
+
+@contextlib.contextmanager
+def running(inputs: Inputs, k: int, through: str = "") -> Iterator[None]:
+    """Say which batch a model, or a node of it, does not run on.
+
+    Raises:
+        ExampleInputError: it raised something in between.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ExampleInputError(
+            f"calibration batch {k}, {describe(inputs)}, does not run"
+            f"{f' through {through}' if through else ''}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def collect(

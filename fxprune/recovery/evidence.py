@@ -10,11 +10,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxprune.capture.batches import Inputs, collect
-from fxprune.capture.inputs import describe
+from fxprune.capture.batches import Inputs, collect, running
 from fxprune.capture.state import undisturbed
 from fxprune.capture.traced import TracedModel
-from fxprune.errors import ExampleInputError, NonFiniteError
+from fxprune.errors import NonFiniteError
 from fxprune.recovery.calls import layer_calls
 from fxprune.recovery.coherence import Coherence
 from fxprune.recovery.layers import CONVOLUTIONS, MOST_UNKNOWNS, TRANSPOSED, Layer, RandomPositions
@@ -72,13 +71,8 @@ def observe(traced: TracedModel, inputs: Sequence[Inputs], names: set[str]) -> l
     probes = -(-PROBES // len(inputs))
     with undisturbed(module), torch.enable_grad():
         for k, batch in enumerate(tqdm(inputs, desc="observe", unit="batch", leave=False)):
-            try:
+            with running(batch, k):
                 run.observe(batch, probes)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ExampleInputError(
-                    f"calibration batch {k}, {describe(batch)}, does not run: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
     return [each.done(name) for name, each in by_name.items()]
 
 
@@ -112,9 +106,8 @@ class _Watched:
 
     def gradient(self, gradient: torch.Tensor) -> None:
         """Add the gradient of what it returned, of one probe."""
-        outputs = self.layer.targets(gradient.detach())
-        self.squares += outputs.square().sum(2).cpu()
-        self._sums += outputs.sum(2).cpu()
+        self.squares += self.layer.totals(gradient.detach().square())
+        self._sums += self.layer.totals(gradient.detach())
 
     def weight_gradient(self, gradient: torch.Tensor | None) -> None:
         """Add that of its weights; the probe is over."""

@@ -134,6 +134,14 @@ class Layer:
         y = y.transpose(0, 1).flatten(1)  # [outputs, n]
         return y.reshape(self.groups, -1, y.shape[1])
 
+    def totals(self, y: torch.Tensor) -> torch.Tensor:
+        """Sums of an output over samples and positions, ``[groups, outputs / groups]`` float64."""
+        y = self._batched(y)
+        y = y.float() if y.dtype.itemsize < 4 else y
+        axis = y.dim() - 1 if isinstance(self.module, nn.Linear) else 1
+        sums = y.sum([k for k in range(y.dim()) if k != axis])
+        return sums.double().cpu().reshape(self.groups, -1)
+
     def weights(self) -> torch.Tensor:
         """``[groups, unknowns, outputs / groups]`` in float64."""
         return self.arranged(self.module.weight.detach().double())

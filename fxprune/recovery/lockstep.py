@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.capture.batches import Inputs
-from fxprune.capture.inputs import describe
-from fxprune.errors import ExampleInputError
+from fxprune.capture.batches import Inputs, running
 
 
 class Lockstep:
@@ -62,13 +60,8 @@ class Lockstep:
         """Run one node on every batch (again, if a layer has changed)."""
         results = []
         for k, inputs in enumerate(self._batches):
-            try:
+            with running(inputs, k, node.name):
                 results.append(self._result(node, k, inputs))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ExampleInputError(
-                    f"calibration batch {k}, {describe(inputs)}, does not run through "
-                    f"{node.name}: {type(error).__name__}: {error}"
-                ) from error
         self.values[node] = results
 
     def _result(self, node: fx.Node, k: int, inputs: Inputs) -> Any:

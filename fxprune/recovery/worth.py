@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.capture.batches import Inputs
+from fxprune.capture.batches import Inputs, running
 from fxprune.capture.state import undisturbed
 from fxprune.errors import NarrowSamplesWarning
 from fxprune.recovery.calls import layer_calls
@@ -82,11 +82,15 @@ def worth(module: fx.GraphModule, inputs: Sequence[Inputs]) -> Worth:
     Args:
         module: the original; nothing of it changes.
         inputs: what ``collect`` gave.
+
+    Raises:
+        ExampleInputError: the model does not run on a batch.
     """
     run = _Means(module)
     with undisturbed(module):
-        for batch in inputs:
-            run.run(*(x.clone() if isinstance(x, torch.Tensor) else x for x in batch))
+        for k, batch in enumerate(inputs):
+            with running(batch, k):
+                run.run(*(x.clone() if isinstance(x, torch.Tensor) else x for x in batch))
     found = []
     for name, norm in run.norms.items():
         mean = run.sums[name] / max(run.rows[name], 1)
