@@ -72,6 +72,14 @@ def test_calls_are_chosen_and_fitted_as_layers_are(
     assert not any(
         n.op == "call_module" and n.target == "0" for n in traced.graph_module.graph.nodes
     )
+    layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    sizes = [str(m) for m in plain if isinstance(m, layers)]
+    calls = [c.module for c in layer_calls(traced.graph_module).values()]
+    known = [m for m in calls if isinstance(m, layers)]
+    # The padding in front of the first two convolutions is a call of its own.
+    assert [str(m).replace(", padding=(1, 1)", "") for m in known[2:]] == [
+        s.replace(", padding=(1, 1)", "") for s in sizes[2:]
+    ]
     want = fp.prune(plain, x[:2], flops=0.6, calibration=x)
     found = fp.prune(called, x[:2], flops=0.6, calibration=x, frontend=frontend)
     assert [g.kept for g in found.plan.groups] == [g.kept for g in want.plan.groups]
