@@ -1,9 +1,10 @@
-"""``fxprune apply|compose|diff``: plans on the command line."""
+"""``fxprune plan|apply|compose|diff``: plans on the command line."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -107,3 +108,85 @@ def test_files_that_are_no_plans_are_refused(run, slim: Path) -> None:
     for name, message in (("new.json", "schema version 99"), ("gone.json", "gone.json")):
         status, _, err = run("diff", slim, name)
         assert (status, message in err) == (2, True)
+
+
+# plan
+
+DECODER = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 30), nn.Linear(30, 12)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+def decoder():
+    return nn.Sequential(nn.Embedding(50, 12), Block(), Block(), nn.Linear(12, 50))
+"""
+TOKENS = ("decoder.py:decoder", "--input", "2,7:50")
+
+
+@pytest.fixture
+def checkpoint() -> Path:
+    """Weights of the decoder in a file, its code in another."""
+    Path("decoder.py").write_text(DECODER)
+    scope: dict[str, Any] = {}
+    exec(DECODER, scope)
+    torch.manual_seed(5)
+    safetensors.torch.save_file(scope["decoder"]().state_dict(), "decoder.safetensors")
+    return Path("decoder.safetensors")
+
+
+def test_plan_chooses_what_prune_does_and_removes_nothing(run, slim: Path) -> None:
+    status, out, err = run("plan", *MODEL, "--flops", "60%", "--out", "only.json")
+    assert status == 0, err
+    plan = fp.PruningPlan.load("only.json")
+    assert plan == fp.PruningPlan.load(slim / "plan.json")
+    assert out.splitlines()[0] == plan.report().splitlines()[0]
+
+
+def test_plan_ranks_by_a_checkpoint_while_the_model_holds_no_weights(run, checkpoint: Path) -> None:
+    ranked = ("--params", "70%", "--importance", "l2")
+    status, _, err = run("plan", *TOKENS, *ranked, "--checkpoint", str(checkpoint), "--out", "a")
+    assert status == 0, err
+    status, _, _ = run("plan", *TOKENS, *ranked, "--weights", str(checkpoint), "--out", "b")
+    assert status == 0
+    assert fp.PruningPlan.load("a") == fp.PruningPlan.load("b")
+    run("plan", *TOKENS, *ranked, "--out", "c")
+    assert fp.PruningPlan.load("a").groups != fp.PruningPlan.load("c").groups  # other weights
+    assert run("apply", "a", str(checkpoint), "--out", "slim.safetensors")[0] == 0
+    state = safetensors.torch.load_file("slim.safetensors")
+    before = safetensors.torch.load_file(checkpoint)
+    assert sum(map(torch.numel, state.values())) <= 0.7 * sum(map(torch.numel, before.values()))
+
+
+def test_plan_by_calibration_samples(run) -> None:
+    torch.save(torch.randn(16, 3, 10, 10), "samples.pt")
+    asked = ("--flops", "60%", "--calibration", "samples.pt")
+    assert run("plan", *MODEL, *asked, "--out", "fit.json")[0] == 0
+    plan = fp.PruningPlan.load("fit.json")
+    assert plan.provenance["criterion"]["name"] == "ReconstructionError"
+
+
+def test_plan_keeps_files_and_refuses_what_needs_a_model_in_memory(run, checkpoint: Path) -> None:
+    status, _, err = run("plan", *MODEL, "--out", "x.json")
+    assert (status, "no budget" in err) == (2, True)
+    half = ("--flops", "50%", "--out", "decoder.py")
+    status, _, err = run("plan", *MODEL, *half)
+    assert (status, "exists" in err) == (2, True)
+    assert Path("decoder.py").read_text() == DECODER
+    file = str(checkpoint)
+    both = ("--checkpoint", file, "--weights", file, "--out", "x.json")
+    status, _, err = run("plan", *TOKENS, "--flops", "50%", *both)
+    assert (status, "--weights needs a model in memory" in err) == (2, True)
+    assert run("plan", *MODEL, *half, "--force")[0] == 0
+
+
+@pytest.mark.parametrize("shape", ["2,7:0", "2,7:", "2,x", "0,3", "2:50:3"])
+def test_inputs_that_mean_nothing_are_refused(run, checkpoint: Path, shape: str) -> None:
+    status, _, err = run("inspect", TOKENS[0], "--input", shape)
+    assert status == 2
+    assert f"{shape!r} is not a shape" in err

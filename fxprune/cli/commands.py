@@ -34,23 +34,51 @@ def _inspect(options: argparse.Namespace) -> tuple[bool, str]:
 
 
 def _prune(options: argparse.Namespace) -> tuple[bool, str]:
-    if all(getattr(options, name) is None for name in COSTS):
-        raise ArgumentError("no budget; say what to keep, e.g. --flops 50% or --params 0.3")
     if options.out is not None:
         check_target(options.out, overwrite=options.force)
-    calibration = None if options.calibration is None else read_calibration(options.calibration)
-    if options.importance in (*CALIBRATED, "reconstruction") and calibration is None:
-        raise ArgumentError(f"--importance {options.importance} needs samples: --calibration FILE")
+    calibration = _calibration(options)
     model, inputs = _model(options.model, options)
     _say(f"pruning {options.model}")
     start = time.perf_counter()
-    arguments = _prune_arguments(options, calibration)
+    arguments = _plan_arguments(options) | _given(options, "frontend", "head_dims")
+    arguments |= {"importance": _criterion(options, calibration), "verify": not options.no_verify}
     result = fp.prune(model, inputs, calibration=calibration, **arguments)
     _say(f"pruned in {time.perf_counter() - start:.2f} s")
     if options.out is not None:
         fp.save(result, options.out, overwrite=options.force)
         _say(f"saved to {options.out}")
     return True, _json(outcome(result)) if options.json else result.report()
+
+
+def _plan(options: argparse.Namespace) -> tuple[bool, str]:
+    if not options.force:
+        plan_commands.check_new(options.out)
+    calibration = _calibration(options)
+    if options.checkpoint is None:
+        traced = _traced(options.model, options)
+    else:
+        traced = _traced_without_weights(options)
+    deps = fp.analyze(traced)
+    criterion = _criterion(options, calibration)
+    if criterion is None:
+        criterion = fp.CPMC() if calibration is None else fp.ReconstructionError(calibration)
+    _say(f"planning {options.model}")
+    plan = fp.plan(deps, criterion(deps), criterion=criterion, **_plan_arguments(options))
+    plan.save(options.out)
+    _say(f"saved to {options.out}")
+    return True, plan.to_json().rstrip() if options.json else plan.report()
+
+
+def _traced_without_weights(options: argparse.Namespace) -> fp.TracedModel:
+    """The model on the meta device, its weights read from --checkpoint when they are needed."""
+    for name in ("weights", "calibration"):
+        if getattr(options, name) is not None:
+            raise ArgumentError(f"--{name} needs a model in memory, and --checkpoint leaves it out")
+    weights = fp.Checkpoint(options.checkpoint)
+    with torch.device("meta"):
+        model, inputs = _model(options.model, options)
+    _say(f"tracing {options.model}")
+    return fp.trace(model, inputs, options.frontend, head_dims=options.head_dims, weights=weights)
 
 
 def _verify(options: argparse.Namespace) -> tuple[bool, str]:
@@ -115,6 +143,7 @@ def _export(options: argparse.Namespace) -> tuple[bool, str]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[bool, str]]] = {
     "inspect": _inspect,
     "prune": _prune,
+    "plan": _plan,
     "sensitivity": _sensitivity,
     "verify": _verify,
     "bench": _bench,
@@ -144,18 +173,28 @@ def _traced(
     return fp.trace(model, inputs, options.frontend, head_dims=options.head_dims)
 
 
-def _prune_arguments(options: argparse.Namespace, calibration: Any) -> dict[str, Any]:
-    """Options that were given, by the names that ``prune`` has for them; its defaults else."""
+def _calibration(options: argparse.Namespace) -> Any:
+    """Samples of --calibration, once it is clear that there is something to use them for."""
+    if all(getattr(options, name) is None for name in COSTS):
+        raise ArgumentError("no budget; say what to keep, e.g. --flops 50% or --params 0.3")
+    if options.calibration is not None:
+        return read_calibration(options.calibration)
+    if options.importance in (*CALIBRATED, "reconstruction"):
+        raise ArgumentError(f"--importance {options.importance} needs samples: --calibration FILE")
+    return None
+
+
+def _plan_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that were given, by the names that ``plan`` has for them; its defaults else."""
     names = "flops params memory latency allocation ignore round_to min_channels max_ratio"
-    chosen = {
-        name: getattr(options, name) for name in f"{names} approximate frontend head_dims".split()
-    }
+    chosen = _given(options, *names.split(), "approximate")
     if options.scan is not None:
         chosen["allocation"] = fp.CIE(fp.Sensitivity.load(options.scan))
-    return {name: value for name, value in chosen.items() if value is not None} | {
-        "importance": _criterion(options, calibration),
-        "verify": not options.no_verify,
-    }
+    return chosen
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {n: value for n in names if (value := getattr(options, n)) is not None}
 
 
 def _criterion(options: argparse.Namespace, calibration: Any) -> Any:

@@ -16,13 +16,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fxprune.cli.options import MODELS
+from fxprune.cli.options import MODELS, RandomInput
 from fxprune.errors import ArgumentError, ArtifactError
 from fxprune.export.save import is_artifact, load, random_like, read_inputs
 from fxprune.vision import import_torchvision
 
 _TORCHVISION = "torchvision/"
-_IMAGE = (1, 3, 224, 224)
+_IMAGE = RandomInput((1, 3, 224, 224))
 
 
 def build(name: str, *, seed: int, weights: str | None, trust: Sequence[str]) -> nn.Module:
@@ -56,30 +56,35 @@ def recorded_inputs(name: str) -> tuple[Any, ...] | None:
 def example_inputs(
     name: str,
     model: nn.Module,
-    shapes: Sequence[tuple[int, ...]] | None,
+    asked: Sequence[RandomInput] | None,
     recorded: tuple[Any, ...] | None,
     *,
     seed: int,
 ) -> tuple[Any, ...]:
-    """Random inputs: of the shapes asked for, like those recorded, or one image.
+    """Random inputs: those asked for, like those recorded, or one image.
 
-    Inputs of given shapes have the dtype of the first parameter.
+    Those asked for have the dtype of the first parameter, or are whole numbers.
 
     Raises:
         ArgumentError: nothing says what the model takes.
     """
     generator = torch.Generator().manual_seed(seed)
-    if not shapes and recorded is not None:
+    if not asked and recorded is not None:
         return tuple(random_like(value, generator) for value in recorded)
-    if not shapes and name.startswith(_TORCHVISION):
-        shapes = [_IMAGE]
-    if not shapes:
+    if not asked and name.startswith(_TORCHVISION):
+        asked = [_IMAGE]
+    if not asked:
         raise ArgumentError(
             f"nothing says what {name} takes; give the shape of its input: --input 1,3,224,224"
         )
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtype = dtypes[0] if dtypes else torch.float32
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return tuple(
+        torch.randn(x.shape, generator=generator).to(dtype)
+        if x.count is None
+        else torch.randint(x.count, x.shape, generator=generator)
+        for x in asked
+    )
 
 
 def _find(name: str, seed: int, trust: Sequence[str]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fxprune.cli import plans, sensitivity
 
@@ -18,6 +19,7 @@ examples
   fxprune prune torchvision/resnet18 --flops 50% --out slim
   fxprune verify slim --against torchvision/resnet18
   fxprune bench slim --against torchvision/resnet18
+  fxprune plan decoder.py:build --checkpoint model --input 1,8:32000 --params 80% --out plan.json
   fxprune apply plan.json model.safetensors --out slim.safetensors
   fxprune diff plan.json other.json
   fxprune export slim --format pt2,onnx --check
@@ -64,6 +66,19 @@ def parser() -> argparse.ArgumentParser:
     _add_budget_options(prune)
     _add_output_options(prune)
     _add_model_options(prune)
+
+    plan = _command(commands, "plan", "choose channels until a budget holds, and remove nothing")
+    plan.add_argument("model", metavar="MODEL")
+    _add_budget_options(plan)
+    plan.add_argument("--out", metavar="FILE", required=True, help="where to write the plan")
+    plan.add_argument("--force", action="store_true", help="replace FILE")
+    plan.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="weights to rank by, read tensor by tensor while the model holds none: a .safetensors "
+        "file, or a folder with shards and model.safetensors.index.json",
+    )
+    _add_model_options(plan)
 
     scan = _command(commands, "sensitivity", "prune each group alone, and measure what it does")
     scan.add_argument("model", metavar="MODEL")
@@ -239,10 +254,11 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--input",
         action="append",
-        type=_shape,
-        metavar="SHAPE",
-        help="shape of an example input, e.g. 1,3,224,224; repeat it for several inputs "
-        "(default: that, for torchvision models; what was recorded, for saved ones)",
+        type=_input,
+        metavar="SHAPE[:N]",
+        help="shape of an example input, e.g. 1,3,224,224, or 1,128:32000 for whole numbers below "
+        "32000, such as tokens; repeat it for several inputs (default: the former, for torchvision "
+        "models; what was recorded, for saved ones)",
     )
     model.add_argument(
         "--frontend",
@@ -283,11 +299,22 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return names
 
 
-def _shape(text: str) -> tuple[int, ...]:
+@dataclass(frozen=True, slots=True)
+class RandomInput:
+    """A random example input: normally distributed, or whole numbers below ``count``."""
+
+    shape: tuple[int, ...]
+    count: int | None = None
+
+
+def _input(text: str) -> RandomInput:
+    shape, colon, count = text.partition(":")
     try:
-        shape = tuple(int(part) for part in text.split(","))
+        found = RandomInput(
+            tuple(int(part) for part in shape.split(",")), int(count) if colon else None
+        )
     except ValueError:
-        shape = (0,)
-    if min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224")
-    return shape
+        found = RandomInput((0,))
+    if min(*found.shape, 1 if found.count is None else found.count) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224 or 1,8:100")
+    return found

@@ -17,6 +17,16 @@ def read_plan(path: str) -> fp.PruningPlan:
     return fp.PruningPlan.load(Path(path) / PLAN_FILE if Path(path).is_dir() else path)
 
 
+def check_new(path: str) -> None:
+    """Refuse to replace a file.
+
+    Raises:
+        ArtifactError: there is one.
+    """
+    if Path(path).exists():
+        raise ArtifactError(f"{path} exists; name a file that does not")
+
+
 def apply(options: argparse.Namespace) -> tuple[bool, str]:
     """Slim a checkpoint."""
     plan, source = read_plan(options.plan), fp.Checkpoint(options.checkpoint)
@@ -36,8 +46,7 @@ def apply(options: argparse.Namespace) -> tuple[bool, str]:
 
 def compose(deps: fp.DependencyGraph, options: argparse.Namespace) -> tuple[bool, str]:
     """Make one plan of several."""
-    if Path(options.out).exists():
-        raise ArtifactError(f"{options.out} exists; name a file that does not")
+    check_new(options.out)
     plan = fp.compose(deps, *map(read_plan, options.plans))
     plan.save(options.out)
     return True, plan.to_json().rstrip() if options.json else plan.report()

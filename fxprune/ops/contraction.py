@@ -172,11 +172,15 @@ def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) 
 
 
 def convolution(call: Call) -> tuple[Labels, ...]:
-    """``aten.convolution``: grouped, depthwise, transposed, any number of spatial axes."""
+    """``aten.convolution``: grouped, depthwise, transposed, any number of spatial axes.
+
+    What lies along the batch, such as heads that were merged with it, passes.
+    """
     x, weight, bias = call["input"], call["weight"], call["bias"]
     x_channels = len(x.shape) - len(weight.shape) + 1
     weight.confined({0, 1})
-    labels_in = x.confined({x_channels}).get(x_channels)
+    passing = x.confined(set(range(x_channels + 1)))
+    labels_in = passing.pop(x_channels, None)
     groups, transposed = call["groups"], call["transposed"]
     if groups == 1:
         labels_in, labels_out = _dense(call, labels_in, weight, transposed=transposed)
@@ -187,12 +191,12 @@ def convolution(call: Call) -> tuple[Labels, ...]:
         whole = min(per_group_in, per_group_out) == 1 or call.index in call.ledger.whole_groups
         branch = _whole_groups if whole else _equal_counts
         labels_in, labels_out = branch(call, labels_in, weight)
-    _add_cost(call, x, weight, labels_in, labels_out)
-    if labels_out is None:
-        return ((),)
-    if isinstance(bias, Operand):
-        bias.adopt(0, labels_out, Role.AFFINE)
-    return ((Factor((x_channels,), labels_out),),)
+    _add_cost(call, x, weight, (labels_in, labels_out), passing)
+    if labels_out is not None:
+        passing[x_channels] = labels_out
+        if isinstance(bias, Operand):
+            bias.adopt(0, labels_out, Role.AFFINE)
+    return (tuple(Factor((axis,), labels) for axis, labels in passing.items()),)
 
 
 Sides = tuple[IntArray | None, IntArray | None]
@@ -281,29 +285,28 @@ def _untracked_kernel(call: Call, *sides: IntArray | None) -> Sides:
 
 
 def _add_cost(
-    call: Call, x: Operand, weight: Operand, labels_in: IntArray | None, labels_out: IntArray | None
+    call: Call, x: Operand, weight: Operand, sides: Sides, passing: Mapping[int, IntArray]
 ) -> None:
     """Multiply-adds: batch * sites * kernel * (pairs of input and output channels)."""
     kernel = math.prod(weight.shape[2:])
     spatial = len(weight.shape) - 2
     shape = x.shape if call["transposed"] else call.shapes[0]
     sites = math.prod(shape[len(shape) - spatial :]) if spatial else 1
-    batch = math.prod(x.shape[: len(x.shape) - spatial - 1])
+    leading = range(len(x.shape) - spatial - 1)
+    batch = math.prod(x.shape[axis] for axis in leading if axis not in passing)
     groups = call["groups"]
     scale = float(batch * sites * kernel)
     if call.index in call.ledger.group_counts:
-        pairs = weight.shape[0] * weight.shape[1] // groups  # per group
-        lead = (call.ledger.group_counts[call.index],)
-        call.ledger.contractions.append(Contraction(call.index, scale * pairs, lead))
-        return
-    n_in = weight.shape[0] if call["transposed"] else weight.shape[1] * groups
-    n_out = weight.shape[1] * groups if call["transposed"] else weight.shape[0]
-    if labels_in is None:
-        scale *= n_in
-    if labels_out is None:
-        scale *= n_out
-    both = tuple(f for f in (labels_in, labels_out) if f is not None)
-    call.ledger.contractions.append(Contraction(call.index, scale / groups, both))
+        scale *= weight.shape[0] * weight.shape[1] // groups  # pairs of channels per group
+        factors = [call.ledger.group_counts[call.index]]
+    else:
+        n_in = weight.shape[0] if call["transposed"] else weight.shape[1] * groups
+        n_out = weight.shape[1] * groups if call["transposed"] else weight.shape[0]
+        untracked = (n for n, side in zip((n_in, n_out), sides, strict=True) if side is None)
+        scale *= math.prod(untracked) / groups
+        factors = [side for side in sides if side is not None]
+    found = Contraction(call.index, scale, (*passing.values(), *factors))
+    call.ledger.contractions.append(found)
 
 
 RULES: dict[str, Rule] = {
