@@ -140,6 +140,27 @@ class Normed(Block):
         return super().attend(self.norm(q), F.normalize(k, dim=-1), v)
 
 
+class Talking(Block):
+    """Scores of the heads are mixed, so heads are channels too; here they stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(HEADS, HEADS)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.mix((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return scores.softmax(-1) @ v
+
+
+class Interleaved(Block):
+    """What the heads give is laid side by side feature by feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        y = self.attend(*self.heads(x))
+        return x + self.proj(y.permute(0, 2, 3, 1).reshape(b, n, -1))
+
+
 class Alone(Block):
     """All heads share one key and one value."""
 
@@ -237,6 +258,8 @@ CASES = {
     "scored": (Scored, {"block.q": FREE, "block.v": FREE}),
     "rotary": (Rotary, {"block.qkv": DIM // 2, "block.qkv#2": FREE}),
     "normed": (Normed, {"block.q": DIM, "block.v": FREE}),
+    "talking": (Talking, {"block.q": FREE, "block.v": FREE}),
+    "interleaved": (Interleaved, {"block.q": FREE, "block.v": DIM}),
     "alone": (Alone, {"block.q": DIM, "block.v": DIM}),
 }
 

@@ -71,8 +71,9 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     for factor in _without_merged_copies(call, operand, shape):
         new = viewed(factor)
         merged = new is None or _merges_out_of_order(call, factor, new, len(shape))
-        rows = factor.inner is not None and not interleaves(factor, operand.shape, shape)
-        if new is None or (merged and not rows):
+        mixed = factor.inner is not None and interleaves(factor, operand.shape, shape)
+        rows = factor.inner is not None and not mixed
+        if new is None or (merged and not rows) or (mixed and factor.origin is None):
             new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
             new = Factor(new.axes, new.labels)
