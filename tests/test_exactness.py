@@ -30,7 +30,8 @@ from tests.zoo.random_net import RandomNet
 from tests.zoo.randomize import randomize
 
 HALF = 0.5
-QUERIES = ("q", "k", "kv", "qkv", "attention", "pool")  # features that reach a product of activations
+# Features that reach a product of activations.
+QUERIES = ("q", "k", "kv", "qkv", "attention", "pool")
 
 
 def half_plan(deps: fp.DependencyGraph, seed: int = 0) -> fp.PruningPlan:

@@ -15,6 +15,7 @@ import fxprune as fp
 from fxprune.cli import main
 from fxprune.coupling.blocks import block_sets
 from tests.oracle import assert_same_function, macs, masked_original
+from tests.zoo.models import ZOO, build
 from tests.zoo.randomize import randomize
 
 WIDTH, HEADS, DIM = 12, 3, 6
@@ -152,6 +153,18 @@ class Talking(Block):
         return scores.softmax(-1) @ v
 
 
+class Gated(Block):
+    """Every head has a gate, computed from the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, HEADS)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(x)
+        return q, k, v * self.gate(x).sigmoid().transpose(1, 2)[..., None]
+
+
 class Interleaved(Block):
     """What the heads give is laid side by side feature by feature."""
 
@@ -259,6 +272,7 @@ CASES = {
     "rotary": (Rotary, {"block.qkv": DIM // 2, "block.qkv#2": FREE}),
     "normed": (Normed, {"block.q": DIM, "block.v": FREE}),
     "talking": (Talking, {"block.q": FREE, "block.v": FREE}),
+    "gated": (Gated, {"block.q": FREE, "block.v": FREE}),
     "interleaved": (Interleaved, {"block.q": FREE, "block.v": DIM}),
     "alone": (Alone, {"block.q": DIM, "block.v": DIM}),
 }
@@ -303,6 +317,12 @@ def test_every_head_keeps_features_of_its_own_and_as_many_as_the_others() -> Non
 def test_without_the_option_whole_heads_go() -> None:
     deps = fp.analyze(fp.trace(network(Fused()), tokens()))
     assert widths(deps) == {"block.qkv": HEADS}
+
+
+def test_a_convolution_that_serves_all_heads_ties_their_features() -> None:
+    case = ZOO["heads_in_the_batch_1"]
+    deps = fp.analyze(fp.trace(build("heads_in_the_batch_1"), case.inputs(), head_dims=True))
+    assert {g.name: g.width for g in deps.groups} == {"stem.0": 4, "pool": 4, "last.0": 11}
 
 
 def test_scores_keep_the_scale_of_the_original_width() -> None:
