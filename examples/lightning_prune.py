@@ -1,6 +1,7 @@
 """Prune in the middle of a PyTorch Lightning run, and keep the optimizer's state.
 
     python examples/lightning_prune.py
+    torchrun --nproc-per-node 2 examples/lightning_prune.py --processes 2
 
 Needs pytorch-lightning and scikit-learn. The network and the digits are those of demo.py.
 """
@@ -18,6 +19,7 @@ from fxprune.vision import import_torchvision
 
 import_torchvision()  # Lightning does too; this way PyTorch and torchvision may be of other builds
 import pytorch_lightning as lightning  # noqa: E402
+from pytorch_lightning.strategies import DDPStrategy  # noqa: E402
 
 
 class Classifier(lightning.LightningModule):
@@ -53,15 +55,11 @@ class Classifier(lightning.LightningModule):
 
 
 class PruneAt(lightning.Callback):
-    """Prunes ``module.net`` when an epoch starts; for one process (accelerate_prune.py: several).
-
-    Lightning wraps a model for several processes once, before training, and would go on to
-    average the gradients of the parameters that are gone.
-    """
+    """Prunes ``module.net`` when an epoch starts, in one process or alike in several."""
 
     def __init__(self, epoch: int, example: Tensor, flops: float) -> None:
         self.epoch, self.example, self.flops = epoch, example, flops
-        self.result: fp.PruneResult | None = None
+        self.plan: fp.PruningPlan | None = None
 
     def on_train_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -69,12 +67,22 @@ class PruneAt(lightning.Callback):
         """Swap the network and slice the state of every optimizer."""
         if trainer.current_epoch != self.epoch:
             return
-        if trainer.world_size > 1:
-            raise RuntimeError("this callback is for one process")
-        self.result = fp.prune(pl_module.net, self.example, flops=self.flops)
+        net, strategy = pl_module.net, trainer.strategy
+        if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+            raise RuntimeError(f"this callback does not know {type(strategy).__name__}")
+        made = (
+            fp.prune(net, self.example, flops=self.flops).plan if trainer.is_global_zero else None
+        )
+        self.plan = fp.broadcast_plan(made)
+        # "refuse": a process whose weights are not those of the first would be found out here.
+        slim = fp.rewrite(fp.trace(net, self.example), self.plan, other_weights="refuse")
         for optimizer in trainer.optimizers:
-            fp.prune_optimizer(optimizer, self.result.plan, pl_module.net, self.result.model)
-        pl_module.net = self.result.model.train()
+            fp.prune_optimizer(optimizer, self.plan, net, slim)
+        pl_module.net = slim.train()
+        if isinstance(strategy, DDPStrategy):
+            # Wrapped before training, it would average gradients of parameters that are gone.
+            strategy.model = pl_module
+            strategy.configure_ddp()
 
 
 def main() -> None:
@@ -83,6 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--prune-at", type=int, default=8, help="epoch, counted from 0")
+    parser.add_argument("--processes", type=int, default=1, help="as torchrun starts them")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     lightning.seed_everything(options.seed)
@@ -95,16 +104,21 @@ def main() -> None:
     trainer = lightning.Trainer(
         max_epochs=options.epochs,
         accelerator="cpu",
+        devices=options.processes,
+        strategy="ddp" if options.processes > 1 else "auto",
         logger=False,
         enable_checkpointing=False,
         callbacks=[callback],
     )
     classifier = Classifier(DigitNetwork(), 0.003)
     trainer.fit(classifier, loader)
+    total = sum(p.detach().double().sum() for p in classifier.parameters())
+    totals = torch.as_tensor(trainer.strategy.all_gather(total)).reshape(-1).tolist()
     (found,) = trainer.test(classifier, test, verbose=False)
-    assert callback.result is not None
-    print(callback.result.plan.report())
-    print(f"pruned in epoch {options.prune_at}, at the end: {found['accuracy']:.2%}")
+    if trainer.is_global_zero and callback.plan is not None:
+        print(callback.plan.report())
+        print(f"pruned in epoch {options.prune_at}, at the end: {found['accuracy']:.2%}")
+        print(f"equal in all {len(totals)} processes: {len(set(totals)) == 1}")
 
 
 if __name__ == "__main__":

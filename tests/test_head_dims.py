@@ -15,6 +15,7 @@ import fxprune as fp
 from fxprune.cli import main
 from fxprune.coupling.blocks import block_sets
 from tests.oracle import assert_same_function, macs, masked_original
+from tests.zoo.models import ZOO, build
 from tests.zoo.randomize import randomize
 
 WIDTH, HEADS, DIM = 12, 3, 6
@@ -140,6 +141,39 @@ class Normed(Block):
         return super().attend(self.norm(q), F.normalize(k, dim=-1), v)
 
 
+class Talking(Block):
+    """Scores of the heads are mixed, so heads are channels too; here they stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(HEADS, HEADS)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.mix((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return scores.softmax(-1) @ v
+
+
+class Gated(Block):
+    """Every head has a gate, computed from the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, HEADS)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(x)
+        return q, k, v * self.gate(x).sigmoid().transpose(1, 2)[..., None]
+
+
+class Interleaved(Block):
+    """What the heads give is laid side by side feature by feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        y = self.attend(*self.heads(x))
+        return x + self.proj(y.permute(0, 2, 3, 1).reshape(b, n, -1))
+
+
 class Alone(Block):
     """All heads share one key and one value."""
 
@@ -237,6 +271,9 @@ CASES = {
     "scored": (Scored, {"block.q": FREE, "block.v": FREE}),
     "rotary": (Rotary, {"block.qkv": DIM // 2, "block.qkv#2": FREE}),
     "normed": (Normed, {"block.q": DIM, "block.v": FREE}),
+    "talking": (Talking, {"block.q": FREE, "block.v": FREE}),
+    "gated": (Gated, {"block.q": FREE, "block.v": FREE}),
+    "interleaved": (Interleaved, {"block.q": FREE, "block.v": DIM}),
     "alone": (Alone, {"block.q": DIM, "block.v": DIM}),
 }
 
@@ -280,6 +317,12 @@ def test_every_head_keeps_features_of_its_own_and_as_many_as_the_others() -> Non
 def test_without_the_option_whole_heads_go() -> None:
     deps = fp.analyze(fp.trace(network(Fused()), tokens()))
     assert widths(deps) == {"block.qkv": HEADS}
+
+
+def test_a_convolution_that_serves_all_heads_ties_their_features() -> None:
+    case = ZOO["heads_in_the_batch_1"]
+    deps = fp.analyze(fp.trace(build("heads_in_the_batch_1"), case.inputs(), head_dims=True))
+    assert {g.name: g.width for g in deps.groups} == {"stem.0": 4, "pool": 4, "last.0": 11}
 
 
 def test_scores_keep_the_scale_of_the_original_width() -> None:

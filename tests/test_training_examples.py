@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_lightning_goes_on_with_the_state_after_pruning(
         callbacks=[callback],
     )
     trainer.fit(classifier, DataLoader(data, batch_size=16))
-    assert classifier.net is callback.result.model
+    assert callback.plan is not None
     assert classifier.net.get_submodule("0").out_channels == 6
     optimizer = trainer.optimizers[0]
     assert {id(p) for p in optimizer.state} == {id(p) for p in classifier.net.parameters()}
@@ -75,6 +76,16 @@ def test_two_processes_prune_alike_and_go_on() -> None:
     assert "equal in all processes: True" in said
     (steps,) = re.findall(r"remembers: \{(\d+)\}", said)
     assert int(steps) == 2 * -(-1347 // 32 // 2)
+
+
+@pytest.mark.slow
+def test_two_processes_of_lightning_prune_alike_and_go_on() -> None:
+    """Equal weights at the end: the gradients of the slim network were averaged."""
+    if not find_spec("pytorch_lightning"):
+        pytest.skip("needs pytorch-lightning")
+    script = str(ROOT / "examples" / "lightning_prune.py")
+    said = together(script, "--epochs", "2", "--prune-at", "1", "--processes", "2")
+    assert "equal in all 2 processes: True" in said
 
 
 PLANS = """

@@ -173,7 +173,7 @@ def reshape_factor(
 ) -> Factor | None:
     """The factor after ``view``; None if it would mix with axes outside one run of sizes.
 
-    With an inner axis it may lie in several runs. None then if its rows would be interleaved.
+    With an inner axis it may lie in several runs, unless rows would be interleaved.
 
     Args:
         factor: labels before the view.
@@ -193,14 +193,12 @@ def reshape_factor(
         origin = _renamed_origin(factor, renamed, len(after), axes)
         inner = None if factor.inner is None else renamed[factor.inner]
         return Factor(axes, factor.labels, origin, factor.copies, inner)
-    if factor.inner is None:
-        if len(touched) > 1:
-            return None
-        last = runs[touched[0]][1] if by_row and len(factor.axes) == 1 else ()
+    if factor.inner is not None and not interleaves(factor, before, after):
+        last = runs[owner[factor.inner]][1]
+    elif len(touched) > 1:
+        return None
     else:
-        first, last = runs[owner[factor.inner]]
-        if any(a in factor.axes and a > factor.inner for a in first):
-            return None
+        last = runs[touched[0]][1] if by_row and len(factor.axes) == 1 else ()
     inner = max((a for a in last if after[a] > 1), default=None)  # None: nothing becomes joint
     ins, outs = (tuple(a for k in touched for a in runs[k][side]) for side in (0, 1))
     labels = _through_run(factor.labels, factor.axes, ins, outs, before, after)
@@ -220,6 +218,13 @@ def reshape_factor(
     else:
         origin = None
     return _without_constant_axes(Factor(axes, labels, origin, inner=inner))
+
+
+def interleaves(factor: Factor, before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether a view puts positions of one row between those of another: no axis is inner then."""
+    inner = -1 if factor.inner is None else factor.inner
+    runs = (ins for ins, outs in matching_runs(before, after) if len(ins) > 1 or len(outs) > 1)
+    return any(inner in ins and max(set(ins) & set(factor.axes)) > inner for ins in runs)
 
 
 def _renamed_origin(

@@ -16,6 +16,7 @@ from fxprune.ops.labels import (
     IntArray,
     Labels,
     Origin,
+    interleaves,
     matching_runs,
     permute,
     reshape_factor,
@@ -70,7 +71,9 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     for factor in _without_merged_copies(call, operand, shape):
         new = viewed(factor)
         merged = new is None or _merges_out_of_order(call, factor, new, len(shape))
-        if new is None or (merged and factor.inner is None):
+        mixed = factor.inner is not None and interleaves(factor, operand.shape, shape)
+        rows = factor.inner is not None and not mixed
+        if new is None or (merged and not rows) or (mixed and factor.origin is None):
             new = viewed(call.settle(factor))  # only whole blocks survive that
             assert new is not None
             new = Factor(new.axes, new.labels)

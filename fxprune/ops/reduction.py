@@ -11,6 +11,11 @@ Rule = Callable[[Call], tuple[Labels, ...]]
 
 # Leaving a position out is adding zero; any other reduction changes its statistic.
 _EXACT = frozenset({"aten::sum", "aten::nansum"})
+# What heads take over their features. A maximum is taken over alternatives: rows are its channels.
+_OF_FEATURES = frozenset(
+    f"aten::{name}"
+    for name in "sum nansum mean var std var_mean std_mean linalg_vector_norm norm".split()
+)
 _POSITIONS = frozenset({"aten::argmax", "aten::argmin"})
 _WITH_POSITIONS = frozenset({"aten::max", "aten::min", "aten::median"})
 MIXES = (
@@ -40,7 +45,8 @@ def reduction(call: Call) -> tuple[Labels, ...]:
         stay = [a for a in factor.axes if a not in gone]
         single = factor
         if len(factor.axes) > 1:
-            single = call.settle(factor, *(stay if factor.inner is None else ()))
+            rows = factor.inner is None or call.op not in _OF_FEATURES
+            single = call.settle(factor, *(stay if rows else ()))
         axis = single.axes[0]
         if axis in gone:
             _read(call, axis, single)

@@ -171,6 +171,23 @@ class ShownGroups(nn.Module):
         return x[:, : self.n], self.head(self.last(x[:, self.n :]))
 
 
+class ResizedTable(nn.Module):
+    """A table of positions, resized to the image, and one of windows, repeated: both are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = conv_bn(3, 12), conv_bn(12, 11)
+        self.table = nn.Parameter(torch.randn(1, 12, 3, 5))
+        self.window = nn.Parameter(torch.randn(1, 12, 4, 4))
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h, w = x.shape[2:]
+        table = F.interpolate(self.table, size=(h, w), mode="bicubic")
+        return self.head(self.last(x + table + self.window.tile((1, 1, h // 4, w // 4))))
+
+
 HEADS = ("stem.0", "stem.1", "grouped")  # they reach a product of activations
 
 
@@ -188,6 +205,24 @@ class GroupsOfHeads(nn.Module):
         heads = torch.cat([x, self.grouped(x)], 1).unflatten(1, (6, 4)).flatten(3)
         scores = (heads.transpose(-2, -1) @ heads / 4).softmax(-1)
         y = (heads @ scores).flatten(1, 2).unflatten(2, x.shape[2:])
+        return self.head(self.last(y))
+
+
+class HeadsInTheBatch(nn.Module):
+    """Heads are merged with the batch, where one convolution serves them all."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.stem, self.last = conv_bn(3, 12), conv_bn(12, 11)
+        self.pool = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+        self.head = Head(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, _, h, w = x.shape
+        heads = self.pool(x.reshape(b * 3, 4, h, w)).reshape(b, 3, 4, h * w)
+        scores = (heads.transpose(-2, -1) @ heads / 4).softmax(-1)
+        y = (heads @ scores).reshape(b, 12, h, w)
         return self.head(self.last(y))
 
 
@@ -334,6 +369,16 @@ CASES: dict[str, Case] = {
     "spatial_attention": Case(SpatialAttention, None, fixed=("head", "gate"), exact=False),
     "group_norm": Case(GroupNorm, None, either=("stem",), exact=False),
     "one_group_shown": Case(lambda: ShownGroups(8), 12 + 11, fixed=("head", "grouped")),
+    "resized_table": Case(ResizedTable, 12 + 11),
+    **{
+        f"heads_in_the_batch_{groups}": Case(
+            lambda groups=groups: HeadsInTheBatch(groups),
+            3 + 11,
+            fixed=("head", "pool"),
+            silent=HEADS[:2],
+        )
+        for groups in (1, 2, 4)
+    },
     "groups_of_heads": Case(lambda: GroupsOfHeads(nn.Conv2d), 3 + 11, silent=HEADS),
     "transposed_groups_of_heads": Case(
         lambda: GroupsOfHeads(nn.ConvTranspose2d), 3 + 11, silent=HEADS
