@@ -28,6 +28,31 @@ models have attention, a third time half of every group with `head_dims=True`: f
 instead of whole ones.
 """
 PRUNINGS = ("verdict", "half", "narrow")
+# Why what is refused has to stay, by code and operator.
+_DETECTOR = "code of a detector that picks boxes by their scores: positions depend on the input"
+_POSITIONS = "positions of tokens or pixels, relative ones too: a table has a row for each"
+INHERENT: dict[tuple[str, str], str] = {
+    ("untracked-axis", "aten.mul"): "a factor that mixes all channels by their position (the "
+    "convolution along channels of ECA), all tokens (gMLP), or comes from the input",
+    ("untracked-axis", "aten.add"): "the sum with such a factor, or with coordinates of the input",
+    ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
+    ("untracked-axis", "aten.copy"): _DETECTOR,
+    ("unknown-index", "aten.index"): "positions that the input chooses, or several indices at once",
+    ("unknown-index", "aten.gather"): _POSITIONS,
+    ("no-rule", "aten.scatter"): "a one-hot product with a table of positions, chosen by the input",
+    ("opaque-call", "aten.zeros"): "the same",
+    ("no-rule", "aten.topk"): _DETECTOR,
+    ("no-rule", "aten.nonzero"): _DETECTOR,
+    ("no-graph", "call"): _DETECTOR,
+    ("product-axis", "aten._unsafe_view"): "one key and value for many heads: a column of the next "
+    "layer belongs to a head and to a feature, and the heads go; features go with `head_dims=True`",
+    ("product-axis", "aten.view"): "the same",
+    ("selected-position", "aten.unbind"): "planes of a picture, each treated in its own way",
+    ("selected-position", "aten.slice"): "one gate for each level, picked by its number",
+    ("joint-reshape", "aten.view"): _POSITIONS,
+    ("joint-reshape", "aten.slice"): _POSITIONS,
+}
+NOT_LOOKED_INTO = "not looked into"
 LEGEND = """
 - **frontend**: which capture the model took. *Captured*: what was captured gives the model's own \
 output. *eager* has no graph; the model's own modules are pruned.
@@ -228,10 +253,10 @@ def _refusals(rows: Sequence[Row]) -> str:
     order = sorted(models, key=lambda key: (-len(models[key]), key))
     table = [
         [f"[{code}](refusals.md#{code})", f"`{op}`", len(models[code, op]), f"{held[code, op]:,}",
-         _cell(example[code, op])]
+         INHERENT.get((code, op), NOT_LOOKED_INTO), _cell(example[code, op])]
         for code, op in order
     ]  # fmt: skip
-    headers = ["code", "operator", "models", "channels held", "for example"]
+    headers = ["code", "operator", "models", "channels held", "why", "for example"]
     return intro + _table(headers, table)
 
 

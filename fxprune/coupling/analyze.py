@@ -72,20 +72,20 @@ def _solved(traced: TracedModel) -> tuple[Ledger, Solution]:
     while True:
         ledger = label(traced, whole)
         solution = solve(ledger)
-        stuck = {
-            record
-            for record, labels in ledger.equal_groups.items()
-            if _uneven_alone(solution, labels)
-        }
+        stuck = {record for record, sides in ledger.equal_groups.items() if _tied(solution, sides)}
         if not stuck:
             return ledger, solution
         whole |= stuck
 
 
-def _uneven_alone(solution: Solution, labels: IntArray) -> bool:
-    """Whether nothing holds these labels but that groups cannot lose equally many of them."""
-    reasons = [solution.reasons.get(c, ()) for c in np.unique(solution.class_of[labels]).tolist()]
-    return all(found and {r.code for r in found} == {UNEVEN[0]} for found in reasons)
+def _tied(solution: Solution, sides: tuple[IntArray, IntArray]) -> bool:
+    """Whether each group reads one class and makes one, and nothing else holds any of them."""
+    classes = [solution.class_of[rows] for rows in sides]
+    if any((rows != rows[:, :1]).any() for rows in classes):
+        return False
+    held = np.unique(np.concatenate([rows[:, 0] for rows in classes])).tolist()
+    reasons = [{r.code for r in solution.reasons.get(c, ())} for c in held]
+    return all(codes == {UNEVEN[0]} for codes in reasons)
 
 
 def _refusals(solution: Solution, groups: Iterable[Group]) -> tuple[Refusal, ...]:

@@ -272,7 +272,8 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
         blocks = side.reshape(groups, -1)
         call.ledger.blocks.append(Blocks(blocks, call.node, "aten.convolution"))
     if call.op in RULES:
-        call.ledger.equal_groups[call.index] = np.concatenate([side.ravel() for side in sides])
+        reads, makes = (side.reshape(groups, -1) for side in sides)
+        call.ledger.equal_groups[call.index] = reads, makes
     return sides
 
 

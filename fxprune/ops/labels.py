@@ -170,10 +170,8 @@ def reshape_factor(
     record: int,
     *,
     by_row: bool = False,
-) -> Factor | None:
-    """The factor after ``view``; None if it would mix with axes outside one run of sizes.
-
-    With an inner axis it may lie in several runs, unless rows would be interleaved.
+) -> Factor:
+    """The factor after ``view``.
 
     Args:
         factor: labels before the view.
@@ -195,8 +193,6 @@ def reshape_factor(
         return Factor(axes, factor.labels, origin, factor.copies, inner)
     if factor.inner is not None and not interleaves(factor, before, after):
         last = runs[owner[factor.inner]][1]
-    elif len(touched) > 1:
-        return None
     else:
         last = runs[touched[0]][1] if by_row and len(factor.axes) == 1 else ()
     inner = max((a for a in last if after[a] > 1), default=None)  # None: nothing becomes joint

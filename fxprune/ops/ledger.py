@@ -140,7 +140,8 @@ class Ledger:
     reads: list[ChannelRead] = field(default_factory=list)
     sized: list[SizedUse] = field(default_factory=list)
     group_counts: dict[int, IntArray] = field(default_factory=dict)
-    equal_groups: dict[int, IntArray] = field(default_factory=dict)  # convolutions: their channels
+    # Of convolutions whose groups lose equally many: what each group reads, and what it makes.
+    equal_groups: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
     whole_groups: frozenset[int] = frozenset()  # convolutions whose groups go as wholes
     nonempty: list[IntArray] = field(default_factory=list)
     values: dict[int, Labels] = field(default_factory=dict)

@@ -62,7 +62,7 @@ def identity_origin(operand: Operand, axis: int, index: IntArray) -> Origin:
 def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     """Labels after ``view``. A merge that no gather can express settles the factor first."""
 
-    def viewed(factor: Factor) -> Factor | None:
+    def viewed(factor: Factor) -> Factor:
         by_row = call.ledger.head_dims
         before = operand.shape
         return reshape_factor(factor, before, shape, operand.value, call.index, by_row=by_row)
@@ -70,12 +70,11 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
     moved = []
     for factor in _without_merged_copies(call, operand, shape):
         new = viewed(factor)
-        merged = new is None or _merges_out_of_order(call, factor, new, len(shape))
+        merged = _merges_out_of_order(call, factor, new, len(shape))
         mixed = factor.inner is not None and interleaves(factor, operand.shape, shape)
-        rows = factor.inner is not None and not mixed
-        if new is None or (merged and not rows) or (mixed and factor.origin is None):
+        lost = (merged and factor.inner is None) or (mixed and (merged or factor.origin is None))
+        if lost or _meets_others(operand, factor, shape):
             new = viewed(call.settle(factor))  # only whole blocks survive that
-            assert new is not None
             new = Factor(new.axes, new.labels)
         elif merged or (factor.origin is not None and new.origin is None):
             call.boxed(factor)  # its rows, one behind the other, are in order
@@ -94,6 +93,14 @@ def _without_merged_copies(call: Call, operand: Operand, shape: Sequence[int]) -
             call.freeze(factor.labels, *FIXED_AXIS)
         else:
             yield factor
+
+
+def _meets_others(operand: Operand, factor: Factor, shape: Sequence[int]) -> bool:
+    """Whether a view that treats the axes of a factor apart merges one with those of another."""
+    others = {a for f in operand.labels if f is not factor for a in f.axes}
+    runs = [set(ins) for ins, _ in matching_runs(operand.shape, shape)]
+    touched = [run for run in runs if run & set(factor.axes)]
+    return len(touched) > 1 and any(run & others for run in touched)
 
 
 def _merges_out_of_order(call: Call, factor: Factor, new: Factor, ndim: int) -> bool:

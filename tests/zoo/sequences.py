@@ -56,6 +56,18 @@ class FusedAttention(Stream):
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
 
 
+class BatchedAttention(FusedAttention):
+    """Segment Anything's: heads are merged with the batch before the parts are taken."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(3, b * HEADS, n, -1).unbind(0)
+        y = (q * (c // HEADS) ** -0.5) @ k.transpose(-2, -1)
+        y = (y.softmax(-1) @ v).view(b, HEADS, n, -1).permute(0, 2, 1, 3)
+        return self.proj(y.reshape(b, n, -1))
+
+
 class SeparateAttention(Stream):
     """Three projections, hard-coded sizes, PyTorch's fused operator with a causal mask."""
 
@@ -262,6 +274,7 @@ def _case(build, channels: int | None, **known) -> Case:
 
 CASES = {
     "fused_attention": _case(FusedAttention, WIDTH + HEADS, either=("qkv", "proj")),
+    "batched_attention": _case(BatchedAttention, WIDTH + HEADS, either=("qkv", "proj")),
     "separate_attention": _case(SeparateAttention, WIDTH + HEADS),
     "grouped_query_attention": _case(GroupedQueryAttention, WIDTH + 2),
     "multi_query_attention": _case(MultiQueryAttention, WIDTH + 4, either=("k", "v")),
