@@ -68,12 +68,13 @@ def reshaped(call: Call, operand: Operand, shape: Sequence[int]) -> Labels:
         return reshape_factor(factor, before, shape, operand.value, call.index, by_row=by_row)
 
     moved = []
-    for factor in _without_merged_copies(call, operand, shape):
+    factors = list(_without_merged_copies(call, operand, shape))
+    for factor in factors:
         new = viewed(factor)
         merged = _merges_out_of_order(call, factor, new, len(shape))
         mixed = factor.inner is not None and interleaves(factor, operand.shape, shape)
         lost = (merged and factor.inner is None) or (mixed and (merged or factor.origin is None))
-        if lost or _meets_others(operand, factor, shape):
+        if lost or _meets_others(factors, factor, operand.shape, shape):
             new = viewed(call.settle(factor))  # only whole blocks survive that
             new = Factor(new.axes, new.labels)
         elif merged or (factor.origin is not None and new.origin is None):
@@ -95,10 +96,12 @@ def _without_merged_copies(call: Call, operand: Operand, shape: Sequence[int]) -
             yield factor
 
 
-def _meets_others(operand: Operand, factor: Factor, shape: Sequence[int]) -> bool:
+def _meets_others(
+    factors: Sequence[Factor], factor: Factor, before: Sequence[int], after: Sequence[int]
+) -> bool:
     """Whether a view that treats the axes of a factor apart merges one with those of another."""
-    others = {a for f in operand.labels if f is not factor for a in f.axes}
-    runs = [set(ins) for ins, _ in matching_runs(operand.shape, shape)]
+    others = {a for f in factors if f is not factor for a in f.axes}
+    runs = [set(ins) for ins, _ in matching_runs(before, after)]
     touched = [run for run in runs if run & set(factor.axes)]
     return len(touched) > 1 and any(run & others for run in touched)
 
