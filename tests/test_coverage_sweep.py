@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from examples.coverage.catalogue import catalogue, select
 from examples.coverage.entry import Entry, Floats, Tokens, image
 from examples.coverage.measure import DISCONTINUOUS, _is_discontinuous, measure
 from examples.coverage.randomize import randomize
-from examples.coverage.report import render, write_report
+from examples.coverage.report import NOT_LOOKED_INTO, render, write_report
 from examples.coverage.runner import measured_apart, read, run
 
 
@@ -155,6 +156,13 @@ def test_a_model_with_attention_is_pruned_a_third_time_with_narrow_heads():
         for line in (table[2], next(line for line in table if "toys" in line))
     )
     assert counts[titles.index("heads narrowed")] == "1"
+
+
+def test_the_page_says_why_of_every_refusal_that_was_met():
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "coverage.md").read_text()
+    refusals = page.partition("## Refusals")[2].partition("## Models")[0]
+    assert "| why" in refusals
+    assert NOT_LOOKED_INTO not in refusals
 
 
 def test_a_refusal_is_counted_with_the_channels_it_holds():

@@ -82,23 +82,6 @@ class Last(Fused):
         return q, k, v
 
 
-class FeaturesFirst(Fused):
-    """Heads are the fast axis of the projections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, DIM, HEADS).permute(2, 0, 4, 1, 3)
-        return q, k, v
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        y = self.attend(*self.heads(x))
-        return x + self.proj(y.permute(0, 2, 3, 1).reshape(b, n, -1))
-
-
 class Scored(Block):
     """Scores by hand, scaled, with a temperature per head and a mask."""
 
@@ -172,6 +155,15 @@ class Interleaved(Block):
         b, n, _ = x.shape
         y = self.attend(*self.heads(x))
         return x + self.proj(y.permute(0, 2, 3, 1).reshape(b, n, -1))
+
+
+class FeaturesFirst(Interleaved, Fused):
+    """Heads are the fast axis of the projections too."""
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, DIM, HEADS).permute(2, 0, 4, 1, 3)
+        return q, k, v
 
 
 class Alone(Block):

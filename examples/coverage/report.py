@@ -28,25 +28,31 @@ models have attention, a third time half of every group with `head_dims=True`: f
 instead of whole ones.
 """
 PRUNINGS = ("verdict", "half", "narrow")
-# Why what is refused has to stay, by code and operator.
+# Why channels are refused, by code and operator: most have to stay.
 _DETECTOR = "code of a detector that picks boxes by their scores: positions depend on the input"
+_ONE_HOT = "a one-hot product with a table of positions, chosen by the input"
+_OUTER = (
+    "one key and value for many heads: a column of the next layer belongs to a head and to a "
+    "feature, and the heads go; features go with `head_dims=True`"
+)
 _POSITIONS = "positions of tokens or pixels, relative ones too: a table has a row for each"
-INHERENT: dict[tuple[str, str], str] = {
+REASONS: dict[tuple[str, str], str] = {
     ("untracked-axis", "aten.mul"): "a factor that mixes all channels by their position (the "
     "convolution along channels of ECA), all tokens (gMLP), or comes from the input",
-    ("untracked-axis", "aten.add"): "the sum with such a factor, or with coordinates of the input",
+    ("untracked-axis", "aten.add"): "the sum with a stream that such a factor holds (ECA), a table "
+    "of relative positions, or coordinates of the input",
     ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
     ("untracked-axis", "aten.copy"): _DETECTOR,
-    ("unknown-index", "aten.index"): "positions that the input chooses, or several indices at once",
+    ("unknown-index", "aten.index"): "positions that the input chooses; in csatv2 a Python list of "
+    "positions, which could be followed, but is not yet",
     ("unknown-index", "aten.gather"): _POSITIONS,
-    ("no-rule", "aten.scatter"): "a one-hot product with a table of positions, chosen by the input",
-    ("opaque-call", "aten.zeros"): "the same",
+    ("no-rule", "aten.scatter"): _ONE_HOT,
+    ("opaque-call", "aten.zeros"): _ONE_HOT,
     ("no-rule", "aten.topk"): _DETECTOR,
     ("no-rule", "aten.nonzero"): _DETECTOR,
     ("no-graph", "call"): _DETECTOR,
-    ("product-axis", "aten._unsafe_view"): "one key and value for many heads: a column of the next "
-    "layer belongs to a head and to a feature, and the heads go; features go with `head_dims=True`",
-    ("product-axis", "aten.view"): "the same",
+    ("product-axis", "aten._unsafe_view"): _OUTER,
+    ("product-axis", "aten.view"): _OUTER,
     ("selected-position", "aten.unbind"): "planes of a picture, each treated in its own way",
     ("selected-position", "aten.slice"): "one gate for each level, picked by its number",
     ("joint-reshape", "aten.view"): _POSITIONS,
@@ -253,7 +259,7 @@ def _refusals(rows: Sequence[Row]) -> str:
     order = sorted(models, key=lambda key: (-len(models[key]), key))
     table = [
         [f"[{code}](refusals.md#{code})", f"`{op}`", len(models[code, op]), f"{held[code, op]:,}",
-         INHERENT.get((code, op), NOT_LOOKED_INTO), _cell(example[code, op])]
+         REASONS.get((code, op), NOT_LOOKED_INTO), _cell(example[code, op])]
         for code, op in order
     ]  # fmt: skip
     headers = ["code", "operator", "models", "channels held", "why", "for example"]

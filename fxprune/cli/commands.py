@@ -84,7 +84,7 @@ def _traced_without_weights(options: argparse.Namespace) -> fp.TracedModel:
 def _verify(options: argparse.Namespace) -> tuple[bool, str]:
     slim = fp.load(options.slim, trust=options.trust)
     plan = fp.PruningPlan.load(Path(options.slim) / PLAN_FILE)
-    options.head_dims |= bool(plan.requested.get("head_dims"))
+    options.head_dims |= plan.head_dims
     traced = _traced(options.against, options, recorded_in=options.slim)
     _say(f"verifying {options.slim}")
     verdict = fp.verify(traced, slim, plan)

@@ -1,7 +1,6 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,7 +204,11 @@ def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
     if not ledger.taken_apart:
         return
     if ledger.picked_inside:
-        _without_inner_axes(ledger)
+        ledger.forget_inner(
+            lambda f: (
+                f.origin is not None and (f.origin.value, f.origin.axis) in ledger.picked_inside
+            )
+        )
     for index, record in enumerate(traced.records):
         for out in record.outputs:
             for factor in ledger.values.get(out.id, ()) if out is not None else ():
@@ -214,17 +217,6 @@ def _box_what_is_taken_apart(traced: TracedModel, ledger: Ledger) -> None:
                     ledger.confine(factor, _refusal(record.node, record.op, JOINT))
                     if base_name(record.op) in VIEWS:
                         ledger.sized.append(SizedUse(index, factor.labels))
-
-
-def _without_inner_axes(ledger: Ledger) -> None:
-    """Where inner positions are picked by number, rows cannot choose theirs by themselves."""
-    for value, labels in ledger.values.items():
-        ledger.values[value] = tuple(
-            replace(f, inner=None)
-            if f.origin is not None and (f.origin.value, f.origin.axis) in ledger.picked_inside
-            else f
-            for f in labels
-        )
 
 
 def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:

@@ -1,7 +1,7 @@
 """Solve the equations: connected components of labels are channels, unless something froze them."""
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
@@ -83,12 +83,7 @@ def _note_rows(ledger: Ledger, component: IntArray) -> None:
         if box.inner and rows_choose(component[box.labels]):
             rows = box.labels.reshape(-1, box.labels.shape[-1])
             ledger.blocks.append(Blocks(rows, box.refusal.node, box.refusal.op))
-    for value, labels in ledger.values.items():
-        if any(f.inner is not None for f in labels):
-            ledger.values[value] = tuple(
-                f if f.inner is None or rows_choose(component[f.rows()]) else replace(f, inner=None)
-                for f in labels
-            )
+    ledger.forget_inner(lambda f: not rows_choose(component[f.rows()]))
 
 
 def _is_one(classes: IntArray) -> bool:

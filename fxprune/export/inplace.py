@@ -1,7 +1,6 @@
 """``apply_plan``: a plan carried out on a fresh instance of the author's class, or its weights."""
 
 import copy
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -100,9 +99,8 @@ def slim_copy(
     If attributes are equal of which one changes, it is the first choice that equals the masked
     original, or the first of all if none does. A copy without such a choice is not checked here.
     """
-    changes = size_changes(
-        analyze(replace(trace(model, example_inputs, "eager"), head_dims=captured.head_dims)), plan
-    )
+    eager = trace(model, example_inputs, "eager", head_dims=captured.head_dims)
+    changes = size_changes(analyze(eager), plan)
     readings = changes.readings(model)
     tried = []
     for reading in readings:
@@ -119,12 +117,12 @@ def _captured_like(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> 
     """The capture that the plan was made from: every frontend has couplings of its own."""
     for frontend in ("auto", "symbolic", "export", "eager"):
         try:
-            traced = trace(model, example_inputs, frontend)
+            traced = trace(model, example_inputs, frontend, head_dims=plan.head_dims)
         except CaptureError:
             continue
         variants = FIXED_CALLS if traced.frontend == "eager" else (frozenset[str](),)
-        for variant, head_dims in itertools.product(variants, (False, True)):
-            traced = replace(traced, fixed_calls=variant, head_dims=head_dims, derived={})
+        for variant in variants:
+            traced = replace(traced, fixed_calls=variant, derived={})
             if analyze(traced).fingerprint == plan.fingerprint:
                 return traced
     raise FingerprintError(

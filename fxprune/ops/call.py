@@ -122,6 +122,14 @@ class Operand:
                 self.call.freeze(labels, *FIXED_AXIS)
         return {a: labels for a, labels in known.items() if a in keep}
 
+    def labelled(self, keep: set[int]) -> dict[int, IntArray]:
+        """``confined``; of a parameter every axis of ``keep`` has labels, even if they are new."""
+        found = self.confined(keep)
+        if not self.parameter:
+            return found
+        own = ((axis, self.own(axis, Role.FIXED)) for axis in sorted(keep))
+        return {axis: labels for axis, labels in own if labels is not None}
+
 
 UNTRACKED = (
     "untracked-axis",

@@ -32,6 +32,8 @@ def ein(**axes: str) -> Rule:
     batch = set(out).intersection(*axes.values())
 
     def own(call: Call, name: str) -> tuple[int, ...]:
+        if not call.ledger.head_dims:
+            return ()
         shift = len(call[name].shape) - len(axes[name])
         return tuple(k + shift for k, letter in enumerate(axes[name]) if letter not in batch)
 
@@ -123,7 +125,7 @@ class _Place:
     letter: str
     axis: int
     role: Role
-    own: tuple[int, ...]  # axes of the operand that are no batch axes of the product
+    own: tuple[int, ...]  # axes to settle joint factors on: where heads become narrower, no batch
 
 
 def _role(letters: str, letter: str, out: str) -> Role:
@@ -138,7 +140,7 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
     places = sorted(places, key=lambda p: not p.operand.knows(p.axis))  # new weights adopt
     weights = [p for p in places if p.operand.weight]
     others = [p for p in places if not p.operand.weight]
-    tracked = [x for p in others if (x := _on(call, p)) is not None]
+    tracked = [x for p in others if (x := p.operand.on(p.axis, *p.own)) is not None]
     if not tracked and not weights:
         return None
     labels = tracked[0] if tracked else weights[0].operand.own(weights[0].axis, weights[0].role)
@@ -152,11 +154,6 @@ def _meet(call: Call, places: list[_Place]) -> IntArray | None:
         call.freeze(labels, *NETWORK_INPUT)
         return labels if weights else None
     return labels
-
-
-def _on(call: Call, place: _Place) -> IntArray | None:
-    """Labels of one letter. Heads that shall become narrower are settled on their features."""
-    return place.operand.on(place.axis, *(place.own if call.ledger.head_dims else ()))
 
 
 def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) -> None:
@@ -271,7 +268,7 @@ def _equal_counts(call: Call, labels_in: IntArray | None, weight: Operand) -> Si
     for side in sides:
         blocks = side.reshape(groups, -1)
         call.ledger.blocks.append(Blocks(blocks, call.node, "aten.convolution"))
-    if call.op in RULES:
+    if call.op in RULES:  # others, such as deform_conv2d, are not told their number of groups
         reads, makes = (side.reshape(groups, -1) for side in sides)
         call.ledger.equal_groups[call.index] = reads, makes
     return sides

@@ -33,22 +33,17 @@ def expand(call: Call) -> tuple[Labels, ...]:
         call.sized(x.labels)
         return (x.labels,)
     shift = len(shape) - len(x.shape)
-    factors = [_shifted(f, shift) for f in settled_without_rows(call, x.labels)]
+    factors = [replace(f.shifted(shift), copies=False) for f in _single_or_rows(call, x)]
     factors += _copies(call, x.shape)
     factors.sort(key=lambda f: f.axes)
     call.sized(tuple(factors))
     return (tuple(factors),)
 
 
-def settled_without_rows(call: Call, labels: Labels) -> Iterator[Factor]:
+def _single_or_rows(call: Call, x: Operand) -> Iterator[Factor]:
     """Factors over one axis each, but for those with an inner axis: these end their lineage."""
-    for factor in labels:
+    for factor in x.labels:
         yield call.settle(factor) if factor.inner is None else call.boxed(factor)
-
-
-def _shifted(factor: Factor, shift: int) -> Factor:
-    inner = None if factor.inner is None else factor.inner + shift
-    return Factor(tuple(a + shift for a in factor.axes), factor.labels, inner=inner)
 
 
 def repeat(call: Call) -> tuple[Labels, ...]:
@@ -82,7 +77,7 @@ def repeat_interleave(call: Call) -> tuple[Labels, ...]:
         return ((),)
     axis = dim % len(x.shape)
     factors = []
-    for factor in settled_without_rows(call, x.labels):
+    for factor in _single_or_rows(call, x):
         if axis in factor.axes:
             labels = np.repeat(factor.labels, repeats, axis=factor.axes.index(axis))
             factor = replace(factor, labels=labels)

@@ -8,7 +8,6 @@ import torch
 
 from fxprune.ops.call import FIXED_AXIS, UNKNOWN_INDEX, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels, contiguous, drop_axis, take
-from fxprune.ops.ledger import Role
 from fxprune.ops.movement import arrived, identity_origin
 
 Rule = Callable[[Call], tuple[Labels, ...]]
@@ -152,11 +151,7 @@ def _looked_up(call: Call, x: Operand, given: list[int], ndim: int) -> Labels:
         return ()
     first, shift = given[0], ndim - len(given)
     others = [a for a in range(len(x.shape)) if a not in given and x.shape[a] > 1]
-    if x.parameter:
-        x.confined(set(others))
-        labels = {a: own for a in others if (own := x.own(a, Role.FIXED)) is not None}
-    else:
-        labels = x.confined(set(others))
+    labels = x.labelled(set(others))
     return tuple(Factor((a + (shift if a > first else 0),), found) for a, found in labels.items())
 
 

@@ -64,6 +64,11 @@ class Factor:
         at = self.axes.index(self.inner)
         return np.moveaxis(self.labels, at, -1).reshape(-1, self.labels.shape[at])
 
+    def shifted(self, by: int) -> "Factor":
+        """The same in a tensor with so many more axes in front."""
+        axes = tuple(a + by for a in self.axes)
+        return replace(self, axes=axes, inner=None if self.inner is None else self.inner + by)
+
     def along(self, axis: int) -> IntArray | None:
         """Labels that tell which positions along one of the factor's axes stay, [positions, n].
 

@@ -4,7 +4,8 @@ Rules only ever add to it. Solving what was added is the business of ``fxprune.c
 """
 
 import bisect
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -147,9 +148,8 @@ class Ledger:
     values: dict[int, Labels] = field(default_factory=dict)
     weights: set[int] = field(default_factory=set)  # values that are computed from weights alone
     memory: dict[int, set[int]] = field(default_factory=dict)  # value -> all in the same memory
-    picked_inside: set[tuple[int, int]] = field(
-        default_factory=set
-    )  # its inner positions one by one
+    # Value and axis whose parts are picked along their inner axis, by number.
+    picked_inside: set[tuple[int, int]] = field(default_factory=set)
     head_dims: bool = False  # parts of an axis that is taken apart get an inner axis
     _owners: list[tuple[int, str, int]] = field(default_factory=list)
 
@@ -243,6 +243,13 @@ class Ledger:
         if factor.inner is not None:
             labels = np.moveaxis(labels, factor.axes.index(factor.inner), -1)
         self.boxes.append(Box(labels, refusal, factor.inner is not None))
+
+    def forget_inner(self, where: Callable[[Factor], bool]) -> None:
+        """Rows of these factors do not choose positions by themselves after all."""
+        for value, labels in self.values.items():
+            self.values[value] = tuple(
+                replace(f, inner=None) if f.inner is not None and where(f) else f for f in labels
+            )
 
     def note_taken_apart(self, factor: Factor) -> None:
         """Note that a factor is used by itself although it is only a part of what it came from.

@@ -100,6 +100,8 @@ def _meets_others(
     factors: Sequence[Factor], factor: Factor, before: Sequence[int], after: Sequence[int]
 ) -> bool:
     """Whether a view that treats the axes of a factor apart merges one with those of another."""
+    if len(factor.axes) == 1:
+        return False
     others = {a for f in factors if f is not factor for a in f.axes}
     runs = [set(ins) for ins, _ in matching_runs(before, after)]
     touched = [run for run in runs if run & set(factor.axes)]

@@ -1,7 +1,6 @@
 """Operators that act on every position alone: output position = the operands' same position."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -110,9 +109,8 @@ def _joint_factors(operand: Operand, ndim: int) -> dict[tuple[int, ...], Factor]
     shift, found = ndim - len(operand.shape), {}
     for factor in operand.labels:
         if len(factor.axes) > 1:
-            axes = tuple(a + shift for a in factor.axes)
-            inner = None if factor.inner is None else factor.inner + shift
-            found[axes] = replace(factor, axes=axes, inner=inner)
+            moved = factor.shifted(shift)
+            found[moved.axes] = moved
     return found
 
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from fxprune.ops.call import FIXED_AXIS, Call, Operand
 from fxprune.ops.labels import Factor, Labels
-from fxprune.ops.ledger import Role
 from fxprune.ops.reduction import statistic
 
 Rule = Callable[[Call], tuple[Labels, ...]]
@@ -20,11 +19,7 @@ def per_channel(call: Call) -> tuple[Labels, ...]:
     x = next(call.operands())
     spatial = int(match.group(1))
     leading = set(range(len(x.shape) - spatial))
-    found = x.confined(leading)
-    if x.parameter:  # a table of positions that is resized, say: new to the walk or not
-        known = ((a, x.own(a, Role.FIXED)) for a in sorted(leading))
-        found = {a: labels for a, labels in known if labels is not None}
-    labels = tuple(Factor((a,), own) for a, own in found.items())
+    labels = tuple(Factor((a,), found) for a, found in x.labelled(leading).items())
     return (labels,) * len(call.results)
 
 

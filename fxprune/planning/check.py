@@ -55,7 +55,7 @@ def _other_model(deps: DependencyGraph, plan: PruningPlan) -> str:
     differ = sorted(
         name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
     )
-    if deps.traced.head_dims is not bool(plan.requested.get("head_dims")):
+    if deps.traced.head_dims is not plan.head_dims:
         return (
             "this plan narrows the heads of attention, or this capture does, but not both: give "
             f"trace() head_dims={not deps.traced.head_dims}"

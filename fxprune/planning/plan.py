@@ -111,6 +111,11 @@ class PruningPlan:
     provenance: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def head_dims(self) -> bool:
+        """Whether heads of attention become narrower: what its capture was asked for."""
+        return bool(self.requested.get("head_dims"))
+
     def to_json(self) -> str:
         """The plan as JSON, keys sorted, a line per entry; equal plans give equal text."""
         data = asdict(self)
