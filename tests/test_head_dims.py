@@ -148,6 +148,17 @@ class Gated(Block):
         return q, k, v * self.gate(x).sigmoid().transpose(1, 2)[..., None]
 
 
+class Wider(Block):
+    """Keys and values pass through tensors with one more axis in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.full((1, 1, 1, 1, 1), 0.5))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k.expand(1, -1, -1, -1, -1).squeeze(0), (v * self.one).squeeze(0))
+
+
 class Interleaved(Block):
     """What the heads give is laid side by side feature by feature."""
 
@@ -265,6 +276,7 @@ CASES = {
     "normed": (Normed, {"block.q": DIM, "block.v": FREE}),
     "talking": (Talking, {"block.q": FREE, "block.v": FREE}),
     "gated": (Gated, {"block.q": FREE, "block.v": FREE}),
+    "wider": (Wider, {"block.q": FREE, "block.v": FREE}),
     "interleaved": (Interleaved, {"block.q": FREE, "block.v": DIM}),
     "alone": (Alone, {"block.q": DIM, "block.v": DIM}),
 }
