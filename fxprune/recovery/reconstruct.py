@@ -23,7 +23,6 @@ from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, NonFiniteError
 from fxprune.planning.plan import PruningPlan
-from fxprune.recovery.heap import give_back_freed
 from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer, RandomPositions
 from fxprune.recovery.moments import Moments
 from fxprune.recovery.pair import Aim, Pair
@@ -189,7 +188,6 @@ class Fitter:
         for node in steps:
             if isinstance(self.pair.modules.get(node), FITTED) and node not in self.settled:
                 self._visit(node, self.prepare(node))
-                give_back_freed()
         return Reconstruction(tuple(self.fits), tuple(self.skipped))
 
     def _visit(self, node: fx.Node, layer: Layer) -> None:
