@@ -43,8 +43,7 @@ REASONS: dict[tuple[str, str], str] = {
     "of relative positions, or coordinates of the input",
     ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
     ("untracked-axis", "aten.copy"): _DETECTOR,
-    ("unknown-index", "aten.index"): "positions that the input chooses; in csatv2 a Python list of "
-    "positions, which could be followed, but is not yet",
+    ("unknown-index", "aten.index"): "positions that the input chooses",
     ("unknown-index", "aten.gather"): _POSITIONS,
     ("no-rule", "aten.scatter"): _ONE_HOT,
     ("opaque-call", "aten.zeros"): _ONE_HOT,
