@@ -20,6 +20,7 @@ from fxprune.capture.meta import MetaKernels, swap
 from fxprune.capture.traced import Record, Ref, Value
 
 Args = tuple[Any, ...]
+Named = Sequence[tuple[str, str, torch.Tensor]]  # kind, qualified name, tensor
 
 
 class Recorder(TorchDispatchMode):

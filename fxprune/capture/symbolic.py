@@ -35,7 +35,7 @@ class _TrainingFlag:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or _switches_by_itself(m)
+        return super().is_leaf_module(m, module_qualified_name) or switches_by_itself(m)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, _TrainingFlag):
@@ -43,7 +43,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-def _switches_by_itself(module: nn.Module) -> bool:
+def switches_by_itself(module: nn.Module) -> bool:
     """A module without children or parameters whose forward reads ``self.training``."""
     code = getattr(type(module).forward, "__code__", None)
     return (
