@@ -371,6 +371,26 @@ def test_positions_that_stand_in_code_without_a_graph_hold_what_they_count(spell
     assert_same_function(result.model, masked_original(model, result.plan), image(batch=3, seed=1))
 
 
+class CallsBilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 10), nn.Linear(8, 12)
+        self.meet, self.head = nn.Bilinear(10, 12, 14), nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).relu(), self.right(x).relu()
+        y = nn.functional.bilinear(left, right, self.meet.weight, self.meet.bias)
+        return self.head(y.relu()).mean((1, 2))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export", "eager"])
+def test_the_weight_of_a_bilinear_call_is_slim_on_all_axes(frontend):
+    model, x = made(CallsBilinear), image()
+    result = fp.prune(model, x, ratios=0.5, frontend=frontend)
+    assert result.model.meet.weight.shape == (7, 5, 6)
+    assert_same_function(result.model, masked_original(model, result.plan), image(seed=1))
+
+
 def test_rewriting_without_a_graph_says_what_to_do():
     traced = fp.trace(made(ValueBranch), image())
     deps = fp.analyze(traced)
