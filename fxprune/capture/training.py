@@ -21,7 +21,7 @@ from fxprune.capture.inputs import BoundInputs
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Named, Recording, record_graph, tree_leaves
 from fxprune.capture.state import attributes_kept, reseed
-from fxprune.capture.switches import dropout, put_back, values_read
+from fxprune.capture.switches import dropout, put_back, values_in, values_read
 from fxprune.capture.traced import Ref
 
 
@@ -145,12 +145,16 @@ def _differences(theirs: Recording, ours: Recording) -> str:
     graph.result()
     shared = len(known)
     model = Contents(theirs, known)
+    own = {v for v in theirs.origins if theirs.values[v].name}  # and what is made of weights alone
     lost: dict[str, dict[str, None]] = defaultdict(dict)
     for k, record in enumerate(theirs.records):
-        operands = [model.of(Ref(value)) for value in values_read(record)]
+        read = values_read(record)
+        rooted = all(model.of(Ref(value)) < shared for value in read - own)
         model.run(record)
-        made = [model.of(ref) for ref in record.outputs if ref is not None]
-        if all(c < shared for c in operands) and any(c >= shared for c in made):
+        made = values_in(record.outputs)
+        if read and read <= own:
+            own.update(made)
+        elif rooted and any(model.of(Ref(value)) >= shared for value in made):
             p = dropout(theirs.records[k : k + 4]) if k + 4 <= len(theirs.records) else 0.0
             what = f"dropout of {p:g}" if p else record.op._schema.name.replace("::", ".")
             lost[record.scope][what] = None
