@@ -1,5 +1,6 @@
 """Reconstruction against least squares on design matrices that come from the layers themselves."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
 from fxprune.recovery import layers
-from fxprune.recovery.pair import Pair
+from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.reconstruct import Fitter
 from tests.zoo.randomize import randomize
 
@@ -396,7 +397,7 @@ def test_a_lost_border_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_targets_of_other_channels_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Pair.target
-    monkeypatch.setattr(Pair, "target", lambda self, n: [v.roll(1, 1) for v in target(self, n)])
+    monkeypatch.setattr(Pair, "target", lambda self, n, k: target(self, n, k).roll(1, 1))
     assert gap("conv") > 1e-3
 
 
@@ -474,6 +475,25 @@ def test_a_slim_model_that_is_reconstructed_can_be_saved_and_loaded(tmp_path: Pa
     result = fitted(model, x)
     fp.save(result, tmp_path / "slim")
     assert torch.equal(fp.load(tmp_path / "slim")(x), result.model(x))
+
+
+def test_what_is_missing_is_held_for_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides what the models return, memory does not grow with the number of samples."""
+    missing, held, most = Aim.missing, [], []
+
+    def watched(self: Aim, k: int, *, bounded: bool) -> Tensor:
+        found = missing(self, k, bounded=bounded)
+        held.append(weakref.ref(found))
+        most.append(sum(ref() is not None for ref in held))
+        return found
+
+    monkeypatch.setattr(Aim, "missing", watched)
+    monkeypatch.setattr(layers, "CHUNK_BYTES", 1)  # small batches are not joined
+    model = randomize(Residual(nn.BatchNorm2d(5)).to(D), 4)
+    x = torch.randn(40, 2, 7, 6, dtype=D)
+    fp.reconstruct(fp.prune(model, x[:2], ratios=0.6), x.split(4))
+    assert len(held) > 10 * 3
+    assert max(most) <= 2
 
 
 # --- calibration batches -------------------------------------------------------------------------
