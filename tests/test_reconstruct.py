@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
@@ -324,6 +325,24 @@ def two_layers(seed: int = 6) -> tuple[nn.Sequential, Tensor]:
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
     torch.manual_seed(seed)
     return randomize(model.to(D), seed).eval(), torch.randn(40, 2, 8, 8, dtype=D)
+
+
+def test_a_norm_behind_a_layer_holds_the_intercept_as_a_bias_would() -> None:
+    """An activation that cuts off makes the fit go on in steps, each with an intercept."""
+    last = nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), *last, nn.ReLU(), nn.Conv2d(5, 3, 1))
+    model = randomize(model.to(D), 8).eval()
+    whole = fuse_conv_bn_eval(model[2], model[3])
+    folded = nn.Sequential(*model[:2], whole, nn.Identity(), *model[4:])
+    x = torch.randn(40, 2, 7, 6, dtype=D)
+    outputs = []
+    for net in (model, folded):
+        result = fp.prune(net, x[:2], ratios={"0": 0.5}, importance=Keep("0", [0, 1, 2]))
+        done = fp.reconstruct(result, x, ridge=0)
+        outputs.append(values(done.model, x)["_4"])
+        (fit,) = (f for f in done.reconstruction.fits if f.layer == "2")
+        assert fit.after < fit.before
+    assert distance(*outputs) <= 1e-9
 
 
 def test_a_removed_copy_of_a_channel_is_added_to_the_channel_that_stays() -> None:

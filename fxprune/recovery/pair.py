@@ -1,5 +1,6 @@
 """The original and the slim model, run side by side on the same batches."""
 
+import copy
 import math
 import operator
 from collections import Counter
@@ -94,7 +95,7 @@ class Pair:
             (user,) = at.users
             module = self.modules.get(user)
             if isinstance(module, NORMS) and module.running_mean is not None:
-                steps.append(module)
+                steps.append(Norm(module, copy.deepcopy(module)))
             elif (other := _other_summand(user, at)) is not None:
                 if self._adds(other, node):
                     steps.append(other)
@@ -116,7 +117,20 @@ class Pair:
         )
 
 
-Step = Any  # a BatchNorm, or the node of what is added
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """A BatchNorm behind a layer.
+
+    Attributes:
+        now: the one of the slim model, whose mean moves when the layer is fitted.
+        then: what it was before: the target stays.
+    """
+
+    now: Any
+    then: Any
+
+
+Step = Norm | fx.Node  # or the node of what is added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +171,7 @@ class Aim:
             if isinstance(step, fx.Node):
                 now, target = now + self.pair.values(step)[k], target + self.pair.target(step, k)
             else:
-                now, target = step(now), step(target)
+                now, target = step.now(now), step.then(target)
         if bounded:
             target = torch.where(target <= self.low, now.clamp_max(self.low), target)
             target = torch.where(target >= self.high, now.clamp_min(self.high), target)
@@ -165,7 +179,7 @@ class Aim:
 
     def _scale(self) -> torch.Tensor | None:
         """What the BatchNorms multiply every channel by, float64."""
-        scales = [_scale(s) for s in self.steps if not isinstance(s, fx.Node)]
+        scales = [_scale(s.then) for s in self.steps if isinstance(s, Norm)]
         return torch.stack(scales).prod(0) if scales else None
 
 
