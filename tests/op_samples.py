@@ -196,6 +196,19 @@ def _reductions() -> list[Sample]:
     return samples
 
 
+def _distances() -> list[Sample]:
+    x, y = X(2, 7, 5, axes=(2,)), X(2, 3, 5, axes=(2,))
+    return [
+        S(aten._cdist_forward.default, "two activations", "a2 b2", x, y, 2.0, 0),
+        S(aten._cdist_forward.default, "largest difference", "a2", x, x, float("inf"), 0),
+        S(aten._cdist_forward.default, "one is untracked", "", x, U(2, 3, 5), 1.0, 0),
+        S(aten._cdist_forward.default, "rows are channels", "a2 b2", X(2, 7, 5), x, 2.0, 0),
+        S(aten._cdist_forward.default, "prototypes", "a2 b1", x, P(3, 5), 2.0, 0),
+        S(aten._euclidean_dist.default, "two activations", "a1 b1", X(7, 5, axes=(1,)), X(3, 5)),
+        S(aten._pdist_forward.default, "one activation", "a1", X(7, 5), 2.0),
+    ]
+
+
 def _complex_numbers() -> list[Sample]:
     x, z = X(2, 7, 6), X(2, 7, 6, data=complex_)
     pairs = do(aten.view.default, X(2, 7, 6), [2, 7, 3, 2])
@@ -504,6 +517,7 @@ SAMPLES: tuple[Sample, ...] = tuple(
         factories,
         _reductions,
         _mixing,
+        _distances,
         _complex_numbers,
         _spatial,
         _batch_norms,
