@@ -200,6 +200,42 @@ def _reductions() -> list[Sample]:
     return samples
 
 
+def _distances() -> list[Sample]:
+    x, y = X(2, 7, 5, axes=(2,)), X(2, 3, 5, axes=(2,))
+    return [
+        S(aten._cdist_forward.default, "two activations", "a2 b2", x, y, 2.0, 0),
+        S(aten._cdist_forward.default, "largest difference", "a2", x, x, float("inf"), 0),
+        S(aten._cdist_forward.default, "one is untracked", "", x, U(2, 3, 5), 1.0, 0),
+        S(aten._cdist_forward.default, "rows are channels", "a2 b2", X(2, 7, 5), x, 2.0, 0),
+        S(aten._cdist_forward.default, "prototypes", "a2 b1", x, P(3, 5), 2.0, 0),
+        S(aten._euclidean_dist.default, "two activations", "a1 b1", X(7, 5, axes=(1,)), X(3, 5)),
+        S(aten._pdist_forward.default, "one activation", "a1", X(7, 5), 2.0),
+    ]
+
+
+def _complex_numbers() -> list[Sample]:
+    x, z = X(2, 7, 6), X(2, 7, 6, data=complex_)
+    pairs = do(aten.view.default, X(2, 7, 6), [2, 7, 3, 2])
+    heads = do(aten.view.default, X(2, 12), [2, 3, 2, 2])
+    forth, back, there = (aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default)
+    return [
+        S(aten.view_as_real.default, "parts", "a0 a1 a2", z),
+        S(aten.view_as_real.default, "parts of heads", "a0 a1",
+          do(aten.view_as_complex.default, heads)),
+        S(aten.view_as_complex.default, "numbers", "a0 a1", X(2, 7, 2)),
+        S(aten.view_as_complex.default, "pairs of channels", "a0 a1 a2", pairs),
+        S(aten.view_as_complex.default, "pairs of features of heads", "a0 a1", heads),
+        S(aten.view_as_complex.default, "nothing but pairs", "a0 a1", X(3, 5, 2)),
+        S(aten.complex.default, "two activations", "a0 a1 a2 b0 b1 b2", x, X(2, 7, 6)),
+        S(aten.polar.default, "angles for all channels", "a0 a1 a2 b0", x, P(6)),
+        S(forth, "last axis", "a0 a1", x, [2], 0, True),
+        S(forth, "two axes, whole spectrum", "a1", x, [0, 2], 1, False),
+        S(back, "last axis", "a0 a1", z, [2], 0, 10),
+        S(back, "two axes", "a0", z, [1, 2], 2, 11),
+        S(there, "channels", "a0 a2", z, [1], 0, True),
+    ]
+
+
 def _mixing() -> list[Sample]:
     x = X(2, 7, 5)
     samples = [
@@ -485,6 +521,8 @@ SAMPLES: tuple[Sample, ...] = tuple(
         factories,
         _reductions,
         _mixing,
+        _distances,
+        _complex_numbers,
         _spatial,
         _batch_norms,
         _pass_through,

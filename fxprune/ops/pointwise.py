@@ -14,10 +14,10 @@ PASS_THROUGH = frozenset(
     f"aten::{name}"
     for name in (
         "alias _to_copy clone contiguous detach lift_fresh lift_fresh_copy lift _conj positive "
-        "native_dropout dropout alpha_dropout feature_dropout feature_alpha_dropout "
-        "zeros_like ones_like full_like empty_like zero fill resolve_conj resolve_neg "
-        "hardtanh leaky_relu elu celu selu silu mish gelu hardsigmoid hardswish relu6 softplus "
-        "softshrink hardshrink threshold logit nan_to_num clamp clamp_min clamp_max masked_fill"
+        "native_dropout dropout alpha_dropout feature_dropout feature_alpha_dropout zeros_like "
+        "ones_like full_like empty_like zero fill resolve_conj resolve_neg complex polar hardtanh "
+        "leaky_relu elu celu selu silu mish gelu hardsigmoid hardswish relu6 softplus softshrink "
+        "hardshrink threshold logit nan_to_num clamp clamp_min clamp_max masked_fill"
     ).split()
 )
 _MOVES_ONLY = frozenset(

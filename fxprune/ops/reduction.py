@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fxprune.ops.call import Call, Operand
+from fxprune.ops.call import UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Role
 from fxprune.ops.pointwise import pointwise
@@ -171,6 +171,24 @@ def weight_norm(call: Call) -> tuple[Labels, ...]:
     return (tuple(factors), ())
 
 
+def distances(call: Call) -> tuple[Labels, ...]:
+    """Of all pairs of rows: a feature without which both rows are is a difference of zero."""
+    found = {}
+    for name in ("x1", "x2", "self"):
+        if isinstance(x := call.get(name), Operand):
+            last = len(x.shape) - 1
+            known = x.confined({last}).get(last)
+            found[name, last] = x.own(last, Role.CONSUMER) if x.parameter else known
+    tracked = {place: labels for place, labels in found.items() if labels is not None}
+    for (name, last), labels in tracked.items():
+        call.ledger.equate(labels, next(iter(tracked.values())))
+        call.ledger.reads.append(ChannelRead(call.index, call.node, name, last, labels, exact=True))
+        call.ledger.nonempty.append(labels)
+        if len(tracked) < len(found):
+            call.freeze(labels, *UNTRACKED)
+    return ((),)
+
+
 def _dim(call: Call) -> set[int]:
     return {call["dim"] % max(len(call.shapes[0]), 1)}
 
@@ -185,6 +203,10 @@ RULES: dict[str, Rule] = {
     **{
         f"aten::{name}": softmax
         for name in "_softmax _log_softmax softmax log_softmax _safe_softmax".split()
+    },
+    **{
+        f"aten::{name}": distances
+        for name in "_cdist_forward _euclidean_dist _pdist_forward".split()
     },
     "aten::_weight_norm_interface": weight_norm,
     "aten::native_layer_norm": layer_norm,

@@ -6,7 +6,17 @@ from types import MappingProxyType
 import torch
 
 from fxprune.errors import ArgumentError, RuleConflictError
-from fxprune.ops import contraction, factory, indexing, join, movement, reduction, spatial, vision
+from fxprune.ops import (
+    complex,
+    contraction,
+    factory,
+    indexing,
+    join,
+    movement,
+    reduction,
+    spatial,
+    vision,
+)
 from fxprune.ops.call import Call, base_name
 from fxprune.ops.labels import Labels
 from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise
@@ -65,6 +75,7 @@ RULES = merged(
     factory.RULES,
     reduction.RULES,
     spatial.RULES,
+    complex.RULES,
     dict.fromkeys(PASS_THROUGH, pass_through),
     dict.fromkeys(("aten::copy", "aten::_prelu_kernel"), pointwise),
 )

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.zoo import blocks, chains, joins, movement, refused, sequences, structure, traps
+from tests.zoo import (
+    blocks,
+    chains,
+    joins,
+    movement,
+    refused,
+    sequences,
+    structure,
+    transforms,
+    traps,
+)
 from tests.zoo.case import Case, Inputs
 from tests.zoo.randomize import randomize
 
@@ -26,6 +36,7 @@ ZOO = _merged(
     structure.CASES,
     blocks.CASES,
     sequences.CASES,
+    transforms.CASES,
     traps.CASES,
     REFUSED,
 )
