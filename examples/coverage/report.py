@@ -38,7 +38,8 @@ _OUTER = (
 _POSITIONS = "positions of tokens or pixels, relative ones too: a table has a row for each"
 REASONS: dict[tuple[str, str], str] = {
     ("untracked-axis", "aten.mul"): "a factor that mixes all channels by their position (the "
-    "convolution along channels of ECA), all tokens (gMLP), or comes from the input",
+    "convolution along channels of ECA, which would need the kept ones spread out again); rows of "
+    "a product over tokens (gMLP; its channels go); or a factor that comes from the input",
     ("untracked-axis", "aten.add"): "the sum with a stream that such a factor holds (ECA), a table "
     "of relative positions, or coordinates of the input",
     ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
