@@ -160,7 +160,12 @@ def label(
     results = tuple(recorder.ref(t).id for t in _tuple(output))[: sample.results]
     module = fx.GraphModule(nn.Module(), fx.Graph())
     traced = TracedModel(module, (), records, tuple(recorder.values), {}, "sample")
-    ledger = Ledger(grouped=labeling._grouped_weights(traced), head_dims=head_dims)
+    read = {r.id for record in traced.records for r in labeling._refs(record.args)}
+    ledger = Ledger(
+        grouped=labeling._grouped_weights(traced),
+        read=frozenset(read.union(results)),
+        head_dims=head_dims,
+    )
     return _labelled(sample, values, traced, results, rules or {}, ledger)
 
 
@@ -196,8 +201,8 @@ def _labelled(
     ledger.parameters["(all)", 0] = ParameterAxis(everything, 1, Role.AFFINE, "sample")
     solution = solve(ledger)
     class_of = solution.class_of
-    read = frozenset(c for found in _read(traced, ledger, class_of) for c in found.tolist())
-    return Case(sample, leaves, traced, ledger, class_of, solution.n_channels, read, results)
+    summed = frozenset(c for found in _read(traced, ledger, class_of) for c in found.tolist())
+    return Case(sample, leaves, traced, ledger, class_of, solution.n_channels, summed, results)
 
 
 # The axis that a product sums over, on one of its operands.

@@ -12,7 +12,7 @@ import torch
 
 from tests.op_cases import Leaf, Pick, Sample, Step
 from tests.op_movements import arrangements, factories, pieces, views
-from tests.op_tensors import B, P, S, U, X, below, coin, complex_, do, positive, share
+from tests.op_tensors import F64, B, C, P, S, U, X, below, coin, complex_, do, positive, share
 
 aten = torch.ops.aten
 
@@ -159,7 +159,10 @@ def _reductions() -> list[Sample]:
         S(aten.amin.default, "space", "a1", X(2, 7, 5, axes=(1,)), [-1], True),
         S(aten.max.default, "everything", "a0 a1 a2", x),
         S(aten.max.dim, "channels", "a0 a2", x, 1),
+        S(aten.max.dim, "channels, positions unread", "a0 a1 a2", x, 1, results=1),
         S(aten.max.dim, "space", "a0 a1", x, 2, True),
+        S(aten.aminmax.default, "channels", "a0 a1 a2", x, dim=1),
+        S(aten.aminmax.default, "everything", "a0 a1 a2", x),
         S(aten.max.other, "two operands", "a0 a1 a2 b0 b1 b2", X(2, 7, 5), X(2, 7, 5)),
         S(aten.min.default, "everything", "a0 a1 a2", x),
         S(aten.min.dim, "channels", "a0 a2", x, 1),
@@ -210,6 +213,50 @@ def _distances() -> list[Sample]:
         S(aten._cdist_forward.default, "prototypes", "a2 b1", x, P(3, 5), 2.0, 0),
         S(aten._euclidean_dist.default, "two activations", "a1 b1", X(7, 5, axes=(1,)), X(3, 5)),
         S(aten._pdist_forward.default, "one activation", "a1", X(7, 5), 2.0),
+    ]
+
+
+def _positional() -> list[Sample]:
+    x = X(2, 7, 5, 5)
+    return [
+        *(
+            S(op, name, free, X(2, 7, 5), *arguments)
+            for name, free, dim in (("channels", "a0 a2", 1), ("last axis", "a0 a1", 2))
+            for op, *arguments in (
+                (aten.topk.default, 3, dim),
+                (aten.kthvalue.default, 2, dim),
+                (aten.mode.default, dim),
+                (aten.cummax.default, dim),
+                (aten.cummin.default, dim),
+                (aten.logcumsumexp.default, dim),
+            )
+        ),
+        S(aten.kthvalue.default, "last axis kept", "a0 a1", X(2, 7, 5), 2, 2, True),
+        S(aten.tril.default, "last axes", "a0 a1", x),
+        S(aten.triu.default, "last axes", "a0 a1", x, 1),
+        S(aten.rot90.default, "a quarter", "a0 a1", X(2, 7, 3, 5), 1, [2, 3]),
+        S(aten.rot90.default, "first axes", "a2 a3", X(2, 7, 3, 5), 3, [0, 1]),
+        S(aten.diagonal.default, "of space", "a0 a1", x, 1, 2, 3),
+        S(aten.diagonal.default, "of first and last axis", "a1 a2", X(4, 7, 5, 4), 0, 0, -1),
+    ]
+
+
+def _written() -> list[Sample]:
+    x, y = X(6, 7), X(4, 7)
+    rows, each = U(4, data=below(6)), U(4, 1, data=below(6))
+    index = do(aten.expand.default, each, [4, 7])
+    return [
+        S(aten.index_add.default, "rows", "a1 c1", x, 0, rows, y),
+        S(aten.index_copy.default, "rows", "a1 c1", x, 0, C([5, 0, 2, 3]), y),
+        S(aten.scatter_add.default, "rows, expanded index", "a1 c1", x, 0, index, y),
+        S(aten.scatter_add.default, "into zeros", "b1", do(aten.zeros.default, [6, 7], dtype=F64),
+          0, index, y),
+        S(aten.scatter_reduce.two, "largest", "a1 c1", x, 0, index, y, "amax"),
+        S(aten.scatter.value, "a number", "a1", x, 0, index, 0.5),
+        S(aten.scatter_add.default, "index of its own", "", x, 0, U(4, 7, data=below(6)), y),
+        S(aten.scatter_add.default, "first columns alone", "", x, 0,
+          do(aten.expand.default, each, [4, 3]), y),
+        S(aten.index_add_.default, "in place", "a1 c1", x, 0, rows, y),
     ]
 
 
@@ -455,6 +502,8 @@ def _pass_through() -> list[Sample]:
             S(getattr(aten, name).default, "off", "a0 a1 a2", x, 0.5, False)
             for name in "dropout feature_dropout alpha_dropout feature_alpha_dropout".split()
         ),
+        S(aten.log_sigmoid_forward.default, "alone", "a0 a1 a2", x, results=1),
+        S(aten.rrelu_with_noise.default, "off", "a0 a1 a2 b0 b1 b2", x, y),
         S(aten.native_dropout.default, "off", "a0 a1 a2", x, 0.5, False),
         S(aten.native_dropout.default, "on", "a0 a1 a2", x, 0.5, True, defined=False),
         S(aten.dropout_.default, "in place, off", "a0 a1 a2", x, 0.5, False),
@@ -521,6 +570,8 @@ SAMPLES: tuple[Sample, ...] = tuple(
         factories,
         _reductions,
         _mixing,
+        _positional,
+        _written,
         _distances,
         _complex_numbers,
         _spatial,

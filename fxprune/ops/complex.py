@@ -32,19 +32,8 @@ def as_numbers(call: Call) -> tuple[Labels, ...]:
     return (tuple(factors),)
 
 
-def _transformed(call: Call) -> set[int]:
-    return set(call["dim"])
-
-
-def transform(call: Call) -> tuple[Labels, ...]:
-    """Along the transformed axes everything is mixed, and their sizes may change."""
-    (labels,) = mixing(_transformed)(call)
-    gone = _transformed(call)
-    return (tuple(f for f in labels if f.axes[0] not in gone),)
-
-
 RULES: dict[str, Rule] = {
     "aten::view_as_real": as_parts,
     "aten::view_as_complex": as_numbers,
-    **{f"aten::_fft_{name}": transform for name in ("r2c", "c2r", "c2c")},
+    **{f"aten::_fft_{name}": mixing(lambda call: {*call["dim"]}) for name in ("r2c", "c2r", "c2c")},
 }

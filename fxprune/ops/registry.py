@@ -13,13 +13,15 @@ from fxprune.ops import (
     indexing,
     join,
     movement,
+    positional,
     reduction,
+    scatter,
     spatial,
     vision,
 )
 from fxprune.ops.call import Call, base_name
 from fxprune.ops.labels import Labels
-from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise
+from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise, with_buffer
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -76,7 +78,10 @@ RULES = merged(
     reduction.RULES,
     spatial.RULES,
     complex.RULES,
+    positional.RULES,
+    scatter.RULES,
     dict.fromkeys(PASS_THROUGH, pass_through),
+    dict.fromkeys(("aten::log_sigmoid_forward", "aten::rrelu_with_noise"), with_buffer),
     dict.fromkeys(("aten::copy", "aten::_prelu_kernel"), pointwise),
 )
 
