@@ -168,7 +168,7 @@ def test_a_graph_draws_in_training_what_its_model_draws(kind, frontend):
     graph, reference = traced.graph_module, copy.deepcopy(model)
     assert relative_error(call(graph, tokens(4, 1)), call(model, tokens(4, 1))) <= 1e-15
     graph.train(), reference.train()
-    x = tokens(4, 2)
+    x = tokens(64, 2)
     assert relative_error(drawn(graph, x), drawn(reference, x)) <= 1e-15
     if kind is not Normed:
         assert relative_error(call(graph, x), call(graph, x)) > 1e-3
