@@ -135,7 +135,9 @@ def _draw(leaves: Sequence[Leaf], seed: int) -> list[torch.Tensor]:
     return [leaf.draw(generator) for leaf in leaves]
 
 
-def label(sample: Sample, rules: Mapping[str, Any] | None = None) -> Case:
+def label(
+    sample: Sample, rules: Mapping[str, Any] | None = None, *, head_dims: bool = False
+) -> Case:
     """Record a sample and apply the rule of every operator, ``rules`` before those of fxprune."""
     leaves = list(dict.fromkeys(_leaves(sample.step)))
     tensors = _draw(leaves, 0)
@@ -158,7 +160,13 @@ def label(sample: Sample, rules: Mapping[str, Any] | None = None) -> Case:
     results = tuple(recorder.ref(t).id for t in _tuple(output))[: sample.results]
     module = fx.GraphModule(nn.Module(), fx.Graph())
     traced = TracedModel(module, (), records, tuple(recorder.values), {}, "sample")
-    return _labelled(sample, values, traced, results, rules or {})
+    read = {r.id for record in traced.records for r in labeling._refs(record.args)}
+    ledger = Ledger(
+        grouped=labeling._grouped_weights(traced),
+        read=frozenset(read.union(results)),
+        head_dims=head_dims,
+    )
+    return _labelled(sample, values, traced, results, rules or {}, ledger)
 
 
 def _labelled(
@@ -167,9 +175,8 @@ def _labelled(
     traced: TracedModel,
     results: tuple[int, ...],
     rules: Mapping[str, Any],
+    ledger: Ledger,
 ) -> Case:
-    read = {r.id for record in traced.records for r in labeling._refs(record.args)}
-    ledger = Ledger(grouped=labeling._grouped_weights(traced), read=frozenset(read.union(results)))
     owned = {}
     for k, (leaf, value) in enumerate(leaves):
         if leaf.kind == "activation":
@@ -222,14 +229,16 @@ def summed(traced: TracedModel, record: Record) -> tuple[str, int] | None:
 def _read(traced: TracedModel, ledger: Ledger, class_of: np.ndarray) -> Iterator[np.ndarray]:
     """Classes that operators have declared to read: summed factors of products, and statistics."""
     for read in ledger.reads:
-        yield class_of[read.labels]
+        yield class_of[read.labels].ravel()
     for contraction in ledger.contractions:
         record = traced.records[contraction.record]
         place = summed(traced, record)
         if place is None or contraction.record in ledger.group_counts:
             continue
         value = traced.values[arguments_of(record)[place[0]].id]
-        declared = np.concatenate([class_of[f] for f in contraction.factors] or [class_of[:0]])
+        declared = np.concatenate(
+            [class_of[f].ravel() for f in contraction.factors] or [class_of[:0]]
+        )
         own = ledger.parameters.get((value.name, place[1]))
         factors = ledger.values.get(value.id, ())
         for labels in [own.labels] if own else [f.labels for f in factors if place[1] in f.axes]:

@@ -132,7 +132,7 @@ def removal(case: Case, seed: int) -> Slim | None:
 
 
 def _atoms(case: Case, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Sets of classes that might be removable: single ones, one per block, slices of a box."""
+    """Sets of classes that might be removable: single, one per block or row, slices of a box."""
     for c in range(case.n_free):
         yield np.array([c])
     for block in case.ledger.blocks:
@@ -141,6 +141,8 @@ def _atoms(case: Case, rng: np.random.Generator) -> Iterator[np.ndarray]:
         for factor in case.factors(value):
             for at in range(factor.labels.ndim if factor.labels.ndim > 1 else 0):
                 yield from np.moveaxis(case.classes[factor.labels], at, 0)
+            if factor.inner is not None:
+                yield from rng.permuted(case.classes[factor.rows()], axis=1).T
 
 
 def _allowed(slim: Slim) -> bool:
@@ -247,7 +249,7 @@ def _hidden(
     place = summed(slim.case.traced, record)
     if place is not None:
         name, axis = place
-        yield name, _zeroed(values[name], axis, slim.axis(refs[name].id, axis))
+        yield name, values[name].masked_fill(~slim.mask(refs[name].id, axis), 0)
         return
     for read in slim.case.ledger.reads:
         if read.record == index:

@@ -127,6 +127,10 @@ def _products() -> list[Sample]:
         S(aten.dot.default, "weight", "a0 b0", X(7), P(7)),
         S(aten.dot.default, "two activations", "a0 b0", X(7), X(7)),
         S(aten.vdot.default, "two parameters", "a0 b0", P(7), P(7)),
+        S(aten._trilinear.default, "bilinear layer", "a1 b0 b1 b2 c1",
+          X(3, 4, axes=(1,)), P(5, 4, 6), X(3, 6, axes=(1,)), [1, 3], [0], [1, 2], [2, 3]),
+        S(aten._trilinear.default, "attended", "a0 a1 b0 b1 c0 c1",
+          X(3, 4), X(4, 5), X(3, 5), [2], [0], [1], [1]),
     ]
 
 

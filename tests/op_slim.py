@@ -32,11 +32,26 @@ class Slim:
         return self.alive[self.case.classes[labels]]
 
     def axis(self, value: int, axis: int) -> np.ndarray:
+        """Which positions stay; of an inner axis, in the first row."""
         for factor in self.case.factors(value):
-            if axis in factor.axes:
+            if factor.inner is not None and axis == factor.inner:
+                return self.of(factor.rows())[0]
+            if factor.inner is None and axis in factor.axes:
                 others = tuple(k for k, a in enumerate(factor.axes) if a != axis)
                 return self.of(factor.labels).any(axis=others)
         return np.ones(self.case.traced.values[value].shape[axis], dtype=bool)
+
+    def mask(self, value: int, axis: int) -> torch.Tensor:
+        """Which positions along one axis stay, in every row if these choose by themselves."""
+        shape = [1] * len(self.case.traced.values[value].shape)
+        for factor in self.case.factors(value):
+            if factor.inner is not None and axis == factor.inner:
+                sizes = zip(factor.axes, factor.labels.shape, strict=True)
+                for a, size in sizes:
+                    shape[a] = size
+                return torch.from_numpy(self.of(factor.labels)).reshape(shape)
+        shape[axis] = -1
+        return torch.from_numpy(self.axis(value, axis)).reshape(shape)
 
     def shape(self, value: int) -> list[int]:
         ndim = len(self.case.traced.values[value].shape)
@@ -46,17 +61,30 @@ class Slim:
         return not all(self.of(f.labels).all() for f in self.case.factors(value))
 
     def is_box(self, value: int) -> bool:
-        """Whether a tensor can hold what is kept: a joint factor may keep any set of positions."""
+        """Whether tensors can hold what is kept of joint factors: boxes, or as much of each row."""
         for factor in self.case.factors(value):
             kept = self.of(factor.labels)
+            if factor.inner is not None:
+                if len(set(self.of(factor.rows()).sum(axis=1).tolist())) > 1:
+                    return False
+                continue
             sides = [kept.any(axis=tuple(set(range(kept.ndim)) - {k})) for k in range(kept.ndim)]
             if kept.sum() != np.prod([side.sum() for side in sides]):
                 return False
         return True
 
     def select(self, tensor: torch.Tensor, value: int) -> torch.Tensor:
-        for axis in sorted({a for f in self.case.factors(value) for a in f.axes}):
-            tensor = tensor.index_select(axis, indices(self.axis(value, axis)))
+        """What is kept of a value, whatever rows choose."""
+        for factor in self.case.factors(value):
+            if factor.inner is None:
+                for axis in factor.axes:
+                    tensor = tensor.index_select(axis, indices(self.axis(value, axis)))
+        for factor in self.case.factors(value):
+            if factor.inner is not None:
+                kept = self.mask(value, factor.inner).expand(tensor.shape).movedim(factor.inner, -1)
+                rows = tensor.movedim(factor.inner, -1)
+                shape = (*rows.shape[:-1], int(self.axis(value, factor.inner).sum()))
+                tensor = rows[kept].reshape(shape).movedim(-1, factor.inner)
         return tensor
 
     def leaf(self, tensor: torch.Tensor, value: int) -> torch.Tensor:

@@ -67,12 +67,20 @@ def macs(model: nn.Module, inputs: Any) -> int:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot look into fused kernels
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        known = {torch.ops.aten._trilinear: _trilinear_flops}
+        counting = FlopCounterMode(display=False, custom_mapping=known)
+        with sdpa_kernel(SDPBackend.MATH), counting as counter:
             call(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2
+
+
+def _trilinear_flops(*shapes: Any, **_: Any) -> int:
+    """Each row of two inputs with a matrix per output: the counter of PyTorch does not know it."""
+    (rows, _), (outs, left, right), *_ = shapes
+    return int(2 * rows * outs * left * right)
 
 
 def n_parameters(model: nn.Module) -> int:
@@ -144,11 +152,13 @@ def masked_original(
 
 
 def _columns(model: nn.Module) -> set[tuple[str, int]]:
-    """The axis along which each layer's weight reads its input, under every name of the weight."""
+    """The axes along which a layer's weight reads its inputs, under every name of the weight."""
     axis_of: dict[int, set[int]] = {}
     for module in model.modules():
         if isinstance(module, (*CONVS, nn.Linear)):
             axis_of.setdefault(id(module.weight), set()).add(1)
+        elif isinstance(module, nn.Bilinear):
+            axis_of.setdefault(id(module.weight), set()).update((1, 2))
         elif isinstance(module, TRANSPOSED) and module.groups < module.in_channels:
             axis_of.setdefault(id(module.weight), set()).add(0)
     named = model.named_parameters(remove_duplicate=False)

@@ -138,7 +138,10 @@ def assert_exact_at_ratio(model: nn.Module, seed: int) -> nn.Module:
 
 
 # Nets in which some channels are cut off and read by nobody.
-UNREAD = {"one_by_index", "one_by_stride"}
+UNREAD = {
+    *("one_by_index", "one_by_stride", "index_list", "index_list_beside_slices"),
+    *("index_of_the_code", "index_by_counting"),
+}
 # Products of two activations have no columns, and what a slice overwrites is read by nobody.
 READ_BY_COLUMNS = [n for n, case in EXACT.items() if not case.silent and n != "fill_slice"]
 

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fxprune as fp
-from tests.oracle import assert_same_function, call, relative_error
+from tests.oracle import assert_same_function, call, masked_original, relative_error
 from tests.zoo.models import ZOO, build
 from tests.zoo.randomize import randomize
 
@@ -320,6 +320,75 @@ def test_the_code_of_a_model_without_a_graph_stays_and_what_it_counts_is_kept():
     assert result.model.stem.out_channels == 12
     assert result.model.last.out_channels == 5
     assert any(r.code == "no-graph" for r in result.deps.refusals)
+
+
+POSITIONS = {
+    "a list": lambda x: x[:, [7, 0, -1, 7, 3, 2]],
+    "a list beside bounds": lambda x: x[:, [7, 0, -1, 7, 3, 2], 1:, :-1],
+    "a tensor": lambda x: x[:, torch.tensor([7, 0, -1, 7, 3, 2], device=x.device)],
+    "new numbers": lambda x: x[:, x.new_tensor([7, 0, 11, 7, 3, 2]).long()],
+    "a mask": lambda x: x[:, [True, False] * 6],
+    "counting": lambda x: x.index_select(1, torch.arange(11, -1, -2, device=x.device)),
+}
+
+
+class Picks(nn.Module):
+    """Positions of channels that stand in the code."""
+
+    def __init__(self, pick, *, branches: bool = False) -> None:
+        super().__init__()
+        self.pick, self.branches = pick, branches
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12))
+        self.last = nn.Conv2d(6, 10, 3)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pick(self.stem(x).relu())
+        if self.branches and x.mean() < 0:
+            x = -x
+        return self.head(self.last(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("spelling", POSITIONS)
+def test_positions_that_stand_in_the_code_follow_the_channels(spelling, frontend):
+    model = made(lambda: Picks(POSITIONS[spelling]))
+    deps = fp.analyze(fp.trace(model, image(), frontend=frontend))
+    assert deps.n_channels == 12 + 10
+    plan = fp.plan(deps, torch.rand(22, generator=torch.Generator().manual_seed(3)), ratios=0.5)
+    slim = fp.rewrite(deps.traced, plan)
+    assert slim.get_submodule("stem.0").out_channels < 12
+    assert_same_function(slim, masked_original(model, plan), image(batch=3, seed=1))
+
+
+@pytest.mark.parametrize("spelling", POSITIONS)
+def test_positions_that_stand_in_code_without_a_graph_hold_what_they_count(spelling):
+    model = made(lambda: Picks(POSITIONS[spelling], branches=True))
+    result = fp.prune(model, image(), ratios=0.5)
+    assert (result.model.stem[0].out_channels, result.model.last.out_channels) == (12, 5)
+    held = [r for r in result.deps.refusals if r.code not in ("network-input", "network-output")]
+    assert [r.code for r in held] == ["no-graph"]
+    assert_same_function(result.model, masked_original(model, result.plan), image(batch=3, seed=1))
+
+
+class CallsBilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 10), nn.Linear(8, 12)
+        self.meet, self.head = nn.Bilinear(10, 12, 14), nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).relu(), self.right(x).relu()
+        y = nn.functional.bilinear(left, right, self.meet.weight, self.meet.bias)
+        return self.head(y.relu()).mean((1, 2))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export", "eager"])
+def test_the_weight_of_a_bilinear_call_is_slim_on_all_axes(frontend):
+    model, x = made(CallsBilinear), image()
+    result = fp.prune(model, x, ratios=0.5, frontend=frontend)
+    assert result.model.meet.weight.shape == (7, 5, 6)
+    assert_same_function(result.model, masked_original(model, result.plan), image(seed=1))
 
 
 def test_rewriting_without_a_graph_says_what_to_do():

@@ -346,3 +346,27 @@ def test_what_a_model_keeps_in_its_attributes_is_as_it_was(branches: bool, front
 def test_a_model_whose_meta_run_fails_halfway_is_recorded_on_real_data() -> None:
     model, x = KeepsWhatItMade(branches=True), torch.randn(2, 8)
     assert fp.trace(model, x).frontend == "eager"
+
+
+class HooksItself(nn.Module):
+    """Collects what its layers give by hooks that its first run attaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.read = nn.Linear(8, 6), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen: list[torch.Tensor] = []
+        if not hasattr(self, "hooked"):
+            self.hooked = self.make.register_forward_hook(lambda *call: self.seen.append(call[-1]))
+        self.make(x)
+        self.make(-x)
+        return self.read(torch.cat(self.seen, -1))
+
+
+def test_hooks_that_a_run_attaches_are_gone_with_what_remembers_them() -> None:
+    model, x = HooksItself(), torch.randn(2, 8)
+    result = fp.prune(model, x, ratios=0.5)
+    assert not model.make._forward_hooks
+    assert result.verdict.ok
+    assert model(x).shape == (2, 4)

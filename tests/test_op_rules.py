@@ -17,12 +17,18 @@ from fxprune.ops.ledger import Contraction, Role
 from fxprune.ops.pointwise import is_pointwise
 from fxprune.ops.registry import RULES, Rule, rule_for
 from tests.op_cases import Case, Leaf, Pick, Sample, Step, label
-from tests.op_laws import misfits, square_violations, taint_violations
+from tests.op_laws import misfits, removal, square_violations, taint_violations
 from tests.op_samples import SAMPLES
 
 SEEDS = (1, 2, 3)
 
 labelled = cache(label)
+
+
+def _has_rows(sample: Sample) -> bool:
+    """Whether some value of a sample has an inner axis if heads are to lose features."""
+    case = labelled(sample, head_dims=True)
+    return any(f.inner is not None for labels in case.ledger.values.values() for f in labels)
 
 
 def violations(case: Case) -> Iterator[str]:
@@ -36,6 +42,11 @@ def violations(case: Case) -> Iterator[str]:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_removing_positions_commutes_with_the_operator_and_no_label_is_lost(sample):
     assert list(violations(labelled(sample))) == []
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if _has_rows(s)], ids=str)
+def test_rows_that_choose_positions_by_themselves_commute_with_the_operator(sample):
+    assert list(violations(labelled(sample, head_dims=True))) == []
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -221,15 +232,54 @@ WRONG = [
 ]
 
 
+def _rows_shifted(factor: Factor) -> Factor:
+    if factor.inner is None:
+        return factor
+    return replace(factor, labels=np.roll(factor.labels, 1, factor.axes.index(factor.inner)))
+
+
+# The same where heads lose features: every row chooses by itself.
+WRONG_ROWS = [
+    ("bmm: scores of three heads", forgetting("bmm", "pairs")),
+    ("bmm: scores of three heads", forgetting("bmm", "contractions", "reads")),
+    ("permute: joint factor", relabelled("permute", _rows_shifted)),
+    ("transpose.int: joint factor", relabelled("transpose", _rows_shifted)),
+    ("unflatten.int: channels", relabelled("unflatten", _rows_shifted)),
+    ("clone: joint factor", relabelled("clone", _dropped)),
+    ("sum.dim_IntList: inside blocks of a joint factor", forgetting("sum", "reads")),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "wrong"), [pytest.param(*w, id=f"{w[0]} #{k}") for k, w in enumerate(WRONG)]
+    ("name", "wrong", "head_dims"),
+    [
+        pytest.param(*w, head_dims, id=f"{w[0]} #{k}" + " by row" * head_dims)
+        for head_dims, cases in ((False, WRONG), (True, WRONG_ROWS))
+        for k, w in enumerate(cases)
+    ],
 )
-def test_the_laws_reject_a_wrong_rule(name, wrong):
+def test_the_laws_reject_a_wrong_rule(name, wrong, head_dims):
     sample = next(s for s in SAMPLES if str(s) == name)
     operator = next(op for op in _operators(sample.step) if _title(op) == sample.title)
-    assert list(violations(labelled(sample))) == []
-    assert list(violations(label(sample, {base_name(operator): wrong}))) != []
+    assert list(violations(labelled(sample, head_dims=head_dims))) == []
+    rules = {base_name(operator): wrong}
+    assert list(violations(label(sample, rules, head_dims=head_dims))) != []
     assert rule_for(operator) is not wrong
+
+
+def test_rows_choose_different_positions():
+    """Or the laws would hold for rows that always choose alike."""
+
+    def differ(case: Case) -> bool:
+        removals = (removal(case, seed) for seed in SEEDS)
+        factors = [
+            f for labels in case.ledger.values.values() for f in labels if f.inner is not None
+        ]
+        kept = [slim.of(f.rows()) for slim in removals if slim for f in factors]
+        return any((rows != rows[0]).any() for rows in kept)
+
+    cases = [labelled(s, head_dims=True) for s in SAMPLES if _has_rows(s)]
+    assert sum(map(differ, cases)) > len(cases) / 2
 
 
 def _title(op: torch._ops.OpOverload) -> str:

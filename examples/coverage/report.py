@@ -38,13 +38,13 @@ _OUTER = (
 _POSITIONS = "positions of tokens or pixels, relative ones too: a table has a row for each"
 REASONS: dict[tuple[str, str], str] = {
     ("untracked-axis", "aten.mul"): "a factor that mixes all channels by their position (the "
-    "convolution along channels of ECA), all tokens (gMLP), or comes from the input",
+    "convolution along channels of ECA, which would need the kept ones spread out again); rows of "
+    "a product over tokens (gMLP; its channels go); or a factor that comes from the input",
     ("untracked-axis", "aten.add"): "the sum with a stream that such a factor holds (ECA), a table "
     "of relative positions, or coordinates of the input",
     ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
     ("untracked-axis", "aten.copy"): _DETECTOR,
-    ("unknown-index", "aten.index"): "positions that the input chooses; in csatv2 a Python list of "
-    "positions, which could be followed, but is not yet",
+    ("unknown-index", "aten.index"): "positions that the input chooses",
     ("unknown-index", "aten.gather"): _POSITIONS,
     ("no-rule", "aten.scatter"): _ONE_HOT,
     ("opaque-call", "aten.zeros"): _ONE_HOT,

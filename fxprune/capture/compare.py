@@ -9,7 +9,7 @@ out (``view(-1)``), since tracing resolves them.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,11 +22,22 @@ from fxprune.capture.traced import Record, Ref, Value
 def same_computation(a: Recording, b: Recording) -> bool:
     """Whether two recordings certainly compute the same outputs. False means: not certain."""
     known: dict[Hashable, int] = {}
-    first, second = _Contents(a, known), _Contents(b, known)
+    first, second = Contents(a, known), Contents(b, known)
     try:
         return first.result() == second.result() and not (first.unclear or second.unclear)
     except (TypeError, NotImplementedError):  # a literal that cannot be compared
         return False
+
+
+def same_outputs(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether leaves that two runs returned are equal, tensors to rounding."""
+    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return bool(a == b)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def written_state(recording: Recording) -> set[str]:
@@ -58,10 +69,11 @@ _SAME = frozenset(
 _SIZED = frozenset(
     f"aten::{name}" for name in "view _unsafe_view reshape expand slice squeeze unsqueeze".split()
 )
+_WHERE = frozenset({"device", "pin_memory", "non_blocking"})  # arguments that change no content
 _BY_SHAPE = frozenset(f"aten::{name}" for name in "view _unsafe_view reshape expand".split())
 
 
-class _Contents:
+class Contents:
     """Numbers the tensors of a recording by content; ``known`` is shared by those to compare."""
 
     def __init__(self, recording: Recording, known: dict[Hashable, int]) -> None:
@@ -72,16 +84,18 @@ class _Contents:
         self._family: dict[int, int] = {}  # tensors that share memory with each other
         self._members: dict[int, set[int]] = defaultdict(set)
         self._stale: set[int] = set()
-        self._drawn = 0
+        self._drawn: dict[Hashable, int] = defaultdict(int)
 
     def result(self) -> Hashable:
         """What the recorded run returned, and what it wrote to tensors that were there before."""
         for record in self.recording.records:
-            self._run(record)
+            self.run(record)
         written = sorted(
             (self._source(self.recording.values[v]), content)
             for v, content in self._content.items()
-            if v in self.recording.origins and content != self._source(self.recording.values[v])
+            if v in self.recording.origins
+            and content != self._source(self.recording.values[v])
+            and not self.recording.values[v].name.endswith("num_batches_tracked")  # only counts
         )
         return self._tree(self.recording.output), tuple(written)
 
@@ -90,47 +104,62 @@ class _Contents:
 
     def _tree(self, tree: Any) -> Hashable:
         if isinstance(tree, Ref):
-            return ("content", self._of(tree))
+            return ("content", self.of(tree))
         if isinstance(tree, (list, tuple)):
             return tuple([self._tree(item) for item in tree])
         if isinstance(tree, dict):
             return tuple([(key, self._tree(item)) for key, item in tree.items()])
         return type(tree), tree
 
-    def _run(self, record: Record) -> None:
-        key = self._key(record)
+    def run(self, record: Record) -> None:
+        """Number what one operator makes, the next one in order."""
+        key = self.key(record)
+        if torch.Tag.nondeterministic_seeded in record.op.tags:
+            self._drawn[key] += 1  # random numbers: drawn anew by each call
+            key = key, self._drawn[key]
         written = _written(record)
         for k, ref in enumerate(written):
             family = self._family.get(ref.id, ref.id)
             self._stale |= self._members[family] - {ref.id}
             self._set(ref, self._number((key, k)))
+        unbound = _name(record.op)[0] == "aten::unbind"
         for k, (out, returned) in enumerate(zip(record.outputs, _returned(record), strict=False)):
             if out is None:
                 continue
-            if out not in written:
+            if unbound:
+                self._set(out, self._number((self._selection(record, k), 0)))
+            elif out not in written:
                 self._set(out, key if isinstance(key, int) else self._number((key, k)))
             if returned is not None and not returned.is_write:
                 self._share(out, record)
 
-    def _key(self, record: Record) -> Hashable:
+    def key(self, record: Record) -> Hashable:
         """What the operator computes; a number where its result is its operand."""
         name, overload = _name(record.op)
         if name in _SAME or (name in _SIZED and self._keeps_shape(record)):
-            return self._of(record.args[0])
-        drawn: Hashable = None
-        if torch.Tag.nondeterministic_seeded in record.op.tags:
-            self._drawn = drawn = self._drawn + 1
+            return self.of(record.args[0])
         if name in _BY_SHAPE:
             shape = self.recording.values[record.outputs[0].id].shape  # type: ignore[union-attr]
-            return "aten::view" if "expand" not in name else name, self._of(record.args[0]), shape
-        return name, overload, drawn, self._tree(record.args), self._tree(record.kwargs)
+            return "aten::view" if "expand" not in name else name, self.of(record.args[0]), shape
+        kwargs = {k: v for k, v in record.kwargs.items() if k not in _WHERE}
+        if name == "aten::_to_copy" and not kwargs:
+            return self.of(record.args[0])
+        return name, overload, self._tree(record.args), self._tree(kwargs)
+
+    def _selection(self, record: Record, k: int) -> Hashable:
+        """What ``select`` computes; tracing writes unpacking so, code may unbind."""
+        dim = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim", 0)
+        x = record.args[0]
+        dim %= len(self.recording.values[x.id].shape)
+        return "aten::select", "int", self._tree([x, dim, k]), self._tree({})
 
     def _keeps_shape(self, record: Record) -> bool:
         out = record.outputs[0]
         values = self.recording.values
         return out is not None and values[out.id].shape == values[record.args[0].id].shape
 
-    def _of(self, ref: Ref) -> int:
+    def of(self, ref: Ref) -> int:
+        """The number of a tensor's content at this point of the run."""
         self.unclear |= ref.id in self._stale
         if ref.id not in self._content:
             self._content[ref.id] = self._source(self.recording.values[ref.id])

@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 
 from fxprune.capture.inputs import BoundInputs, supplied
 from fxprune.capture.meta import MetaKernels
-from fxprune.capture.record import Recorder, Recording, tensors_of
+from fxprune.capture.record import Recorder, Recording, recorded
 
 NODE = "forward"
 
@@ -77,10 +77,13 @@ def record_modules(
     kernels: MetaKernels | None,
 ) -> Recording:
     """Record the eager model; every record says whose module's code called it."""
-    recorder = Recorder(named, tensors_of((inputs.args, inputs.kwargs)), kernels)
-    with torch.no_grad(), _scopes(recorder, model), recorder:
-        output = model(*inputs.args, **inputs.kwargs)
-    return recorder.recording({}, output)
+
+    def call(recorder: Recorder) -> Recording:
+        with _scopes(recorder, model), recorder:
+            output = model(*inputs.args, **inputs.kwargs)
+        return recorder.recording({}, output)
+
+    return recorded(call, named, (inputs.args, inputs.kwargs), kernels)
 
 
 @contextlib.contextmanager

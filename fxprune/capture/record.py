@@ -15,10 +15,12 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.capture.literals import KnownLiterals
 from fxprune.capture.meta import MetaKernels, swap
 from fxprune.capture.traced import Record, Ref, Value
 
 Args = tuple[Any, ...]
+Named = Sequence[tuple[str, str, torch.Tensor]]  # kind, qualified name, tensor
 
 
 class Recorder(TorchDispatchMode):
@@ -49,6 +51,7 @@ class Recorder(TorchDispatchMode):
         self._refs: dict[int, Ref] = {}
         self._alive: list[torch.Tensor] = []  # an id() is only unique while its object lives
         self._written: set[int] = set()  # storages of real tensors that symbolic data went into
+        self.hides_literals = False  # an operand of unknown content came from nowhere
 
     def ref(self, tensor: torch.Tensor, kind: str = "constant") -> Ref:
         """The Ref of a tensor, new if it was never seen. Unnamed unseen operands are constants."""
@@ -57,6 +60,7 @@ class Recorder(TorchDispatchMode):
             return found
         kind, name = self._known.get(id(tensor), (kind, ""))
         known = kind in ("buffer", "constant") and not tensor.is_meta
+        self.hides_literals |= kind == "constant" and tensor.is_meta
         ref = Ref(len(self.values))
         data = tensor if known else None
         size = tensor.dtype.itemsize
@@ -83,15 +87,27 @@ class Recorder(TorchDispatchMode):
         if symbolic and self._kernels is not None:
             out = self._kernels.run(func, args, kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = func(*args, **self._in_sight(func, kwargs))
         if mutates:
             out = self._after_write(func, args, kwargs, out, symbolic=symbolic)
-        kind = "result" if symbolic or not self._all_known(refs, kw_refs) else "constant"
+        known = not symbolic and self._all_known(refs, kw_refs)
         outputs = tuple(
-            [self.ref(t, kind) if isinstance(t, torch.Tensor) else None for t in _as_tuple(out)]
+            [
+                self.ref(t, "constant" if known and not t.is_meta else "result")
+                if isinstance(t, torch.Tensor)
+                else None
+                for t in _as_tuple(out)
+            ]
         )
         self.records.append(Record(func, refs, kw_refs, outputs, self.node, self.scope))
         return out
+
+    def _in_sight(self, func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Constants that go to where the activations are stay where their content can be seen."""
+        at = kwargs.get("device")
+        if self._kernels is None or at is None or at.type != "meta" or func not in _CONSTANTS:
+            return kwargs
+        return {**kwargs, "device": torch.device("cpu")}
 
     def recording(self, results: dict[str, Any], output: Any) -> "Recording":
         """Everything recorded so far."""
@@ -129,6 +145,17 @@ class Recorder(TorchDispatchMode):
         if len(returns) == 1 and returns[0] is not None and written:
             return written[0]
         return out
+
+
+# Operators whose results are followed as positions: moves of what is known, and counting.
+_CONSTANTS = frozenset(
+    {
+        torch.ops.aten._to_copy.default,
+        torch.ops.aten.arange.default,
+        torch.ops.aten.arange.start,
+        torch.ops.aten.arange.start_step,
+    }
+)
 
 
 @cache
@@ -232,11 +259,14 @@ def record_graph(
     kernels: MetaKernels | None,
 ) -> Recording:
     """Interpret a graph on its example inputs and record it node by node."""
-    recorder = Recorder(named, tensors_of(args), kernels)
-    interpreter = _NodeRecorder(graph_module, recorder)
-    with torch.no_grad(), recorder:
-        output = interpreter.run(*args)
-    return recorder.recording(interpreter.results, output)
+
+    def interpret(recorder: Recorder) -> Recording:
+        interpreter = _NodeRecorder(graph_module, recorder)
+        with recorder:
+            output = interpreter.run(*args)
+        return recorder.recording(interpreter.results, output)
+
+    return recorded(interpret, named, args, kernels)
 
 
 def record_call(
@@ -247,10 +277,30 @@ def record_call(
     kernels: MetaKernels | None,
 ) -> Recording:
     """Call a function (an eager model) and record it."""
-    recorder = Recorder(named, tensors_of((args, kwargs)), kernels)
-    with torch.no_grad(), recorder:
-        output = function(*args, **kwargs)
-    return recorder.recording({}, output)
+
+    def call(recorder: Recorder) -> Recording:
+        with recorder:
+            output = function(*args, **kwargs)
+        return recorder.recording({}, output)
+
+    return recorded(call, named, (args, kwargs), kernels)
+
+
+def recorded(
+    run: Callable[[Recorder], Recording],
+    named: Iterable[tuple[str, str, torch.Tensor]],
+    inputs: Any,
+    kernels: MetaKernels | None,
+) -> Recording:
+    """What a run gives; of one that hides literals, what another one gives that shows them."""
+    named, tensors = list(named), tensors_of(inputs)
+    recorder = Recorder(named, tensors, kernels)
+    with torch.no_grad():
+        recording = run(recorder)
+        if recorder.hides_literals:
+            with KnownLiterals():
+                recording = run(Recorder(named, tensors, kernels))
+    return recording
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:

@@ -14,20 +14,27 @@ from torch import nn
 
 _CONTAINERS = (list, dict, set)
 _OWN = frozenset(nn.Module().__dict__)  # hooks and registries of PyTorch itself
+_HOOKS = tuple(name for name in nn.Module().__dict__ if "_hooks" in name)
 Content = list[Any] | dict[Any, Any] | set[Any]
 
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Outside, every module has the attributes it had, and its containers the same content.
+    """Outside, modules have the attributes and hooks they had, and containers the same content.
 
     Train/eval modes are left to the caller. What tensors hold is not looked at.
     """
     authored = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")]
     before = [(m, dict(m.__dict__), _contents(m)) for m in authored]  # PyTorch's own keep nothing
+    hooks = [
+        (m.__dict__[name], m.__dict__[name].copy()) for m in model.modules() for name in _HOOKS
+    ]
     try:
         yield
     finally:
+        for registry, content in hooks:
+            if registry or content:
+                _refill(registry, content)
         for module, attributes, contents in before:
             attributes["training"] = module.training
             if not _same(module.__dict__, attributes):

@@ -7,6 +7,7 @@ the graph reads the flag of the module at run time.
 """
 
 import contextlib
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture.inputs import BoundInputs
+from fxprune.capture.literals import is_positions
 from fxprune.capture.state import attributes_kept
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import CaptureError
@@ -33,7 +35,7 @@ class _TrainingFlag:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or _switches_by_itself(m)
+        return super().is_leaf_module(m, module_qualified_name) or switches_by_itself(m)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, _TrainingFlag):
@@ -41,7 +43,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-def _switches_by_itself(module: nn.Module) -> bool:
+def switches_by_itself(module: nn.Module) -> bool:
     """A module without children or parameters whose forward reads ``self.training``."""
     code = getattr(type(module).forward, "__code__", None)
     return (
@@ -81,6 +83,7 @@ def symbolic_graph(model: nn.Module, inputs: BoundInputs) -> fx.GraphModule:
             parked = {k: v for k, v in vars(model).items() if k not in before}
         vars(model).update(parked)  # constant tensors of the code, which fx parks on the model
         _drop_specialisation_asserts(graph)
+        _separate_positions(graph)
         return build_graph_module(model, graph, type(model).__name__, model)
     except Exception as error:
         raise CaptureError(
@@ -150,6 +153,37 @@ def _order_like(module: nn.Module, like: nn.Module) -> None:
         other = like._modules.get(name)
         if other is not None and other is not child:
             _order_like(child, other)
+
+
+def _separate_positions(graph: fx.Graph) -> None:
+    """Square brackets with positions beside anything else become two pairs, one after the other.
+
+    That is how PyTorch itself computes them, and what it picks the positions from is a value of the
+    graph then. Parts of an index that only the run computes are left where they are.
+    """
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        index: Any = node.args[1]
+        picked = any(map(_picks, index)) if isinstance(index, tuple) else False
+        if not picked or all(_picks(part) or _passes(part) for part in index):
+            continue
+        first = tuple(slice(None) if _picks(part) else part for part in index)
+        second = tuple(
+            part if _picks(part) or part is Ellipsis else slice(None)
+            for part in index
+            if not isinstance(part, int)
+        )
+        with graph.inserting_before(node):
+            source = graph.call_function(operator.getitem, (node.args[0], first))
+        node.args = (source, second)
+
+
+def _picks(part: Any) -> bool:
+    """Whether a part of an index is a list or a tensor that the code holds."""
+    return is_positions(part) or (isinstance(part, fx.Node) and part.op == "get_attr")
+
+
+def _passes(part: Any) -> bool:
+    return part is Ellipsis or (isinstance(part, slice) and part == slice(None))
 
 
 def _drop_specialisation_asserts(graph: fx.Graph) -> None:

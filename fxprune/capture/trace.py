@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.capture.compare import same_computation, written_state
+from fxprune.capture.compare import same_computation, same_outputs, written_state
 from fxprune.capture.eager import NODE, eager_graph, record_modules
 from fxprune.capture.export import export_graph
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
@@ -22,6 +22,7 @@ from fxprune.capture.state import attributes_kept
 from fxprune.capture.stored import stored_weights
 from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
 from fxprune.capture.traced import TracedModel
+from fxprune.capture.training import follow_training, training_reads
 from fxprune.errors import ArgumentError, CaptureError, ExampleInputError, NonFiniteError
 
 FRONTENDS = ("auto", "symbolic", "export", "eager")
@@ -81,8 +82,8 @@ def trace(
         plain_kernels(),
         _collector_paused(),
     ):
-        eager, kernels = _record_eager(model, inputs, named)
-        session = _Session(model, inputs, named, eager, kernels)
+        eager, kernels, reads = _record_eager(model, inputs, named)
+        session = _Session(model, inputs, named, eager, kernels, reads)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
     return replace(captured, opaque=left_alone, head_dims=head_dims, weights=stored)
@@ -124,6 +125,7 @@ class _Session:
     named: list[Named]
     eager: Recording
     kernels: MetaKernels | None
+    training_reads: set[int]  # ids of the modules whose code looks at its training flag
 
     def choose(self) -> TracedModel:
         """The symbolic graph, unless there is none or it hides what an exported one shows."""
@@ -157,6 +159,7 @@ class _Session:
             graph_module, inputs = export_graph(model, inputs)
         graph_module.eval()
         held = list(_named(graph_module))
+        notes = self._follow_training(graph_module, inputs.placeholders, held)
         graph = _record(graph_module, inputs, held, self.kernels)
         if not same_computation(self.eager, graph):
             _check_writes(model, self.eager, graph)
@@ -169,7 +172,19 @@ class _Session:
             results=graph.results,
             frontend=frontend,
             unused=_unused(model, self.named, held),
+            notes=notes,
         )
+
+    def _follow_training(
+        self, graph_module: fx.GraphModule, placeholders: tuple[Any, ...], held: list[Named]
+    ) -> tuple[str, ...]:
+        """What the graph does otherwise in training, where code looks at its flag at all."""
+        layers = graph_module.graph.find_nodes(op="call_module")
+        called = {id(graph_module.get_submodule(str(node.target))) for node in layers}
+        if self.training_reads <= called:
+            return ()
+        model, inputs, named, kernels = self.model, self.inputs, self.named, self.kernels
+        return follow_training(model, inputs, named, graph_module, placeholders, held, kernels)
 
     def _without_graph(self) -> TracedModel:
         graph_module, inputs = eager_graph(self.model, self.inputs)
@@ -265,16 +280,23 @@ def _copy_modes(model: nn.Module, graph_module: fx.GraphModule) -> None:
 
 def _record_eager(
     model: nn.Module, inputs: BoundInputs, named: list[Named]
-) -> tuple[Recording, MetaKernels | None]:
-    """Record the eager model, on meta tensors if it runs on them; then with the kernels used."""
-    kernels = MetaKernels()
+) -> tuple[Recording, MetaKernels | None, set[int]]:
+    """Record the eager model, on meta tensors if it runs on them.
+
+    Returns:
+        The recording, the kernels used, and ids of the modules that look at their training flag.
+    """
+
+    def record(kernels: MetaKernels | None) -> tuple[Recording, MetaKernels | None, set[int]]:
+        with attributes_kept(model), training_reads(model) as reads:
+            recording = record_call(model, inputs.args, inputs.kwargs, named, kernels)
+        return recording, kernels, reads
+
     try:
-        with attributes_kept(model):
-            return record_call(model, inputs.args, inputs.kwargs, named, kernels), kernels
+        return record(MetaKernels())
     except Exception:  # not every model runs without data: the real run decides
         try:
-            with attributes_kept(model):
-                return record_call(model, inputs.args, inputs.kwargs, named, None), None
+            return record(None)
         except Exception as error:
             given = describe(inputs.kwargs or inputs.args)
             raise ExampleInputError(
@@ -310,20 +332,12 @@ def _compare_outputs(model: nn.Module, graph_module: fx.GraphModule, inputs: Bou
     with torch.no_grad():
         expected = tree_leaves(model(*args, **kwargs))
         actual = tree_leaves(graph_module(*copy.deepcopy(placeholders)))
-    if len(expected) != len(actual) or not all(
-        _equal(a, b) for a, b in zip(expected, actual, strict=True)
-    ):
+    if not same_outputs(expected, actual):
         raise CaptureError(
             f"the graph captured from {type(model).__name__} gives another output than the model "
             f"on the example inputs ({describe(actual)} against {describe(expected)}): its forward "
             "takes a branch that tracing cannot see, such as isinstance() on a traced value"
         )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return bool(a == b)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _check_is_python(model: nn.Module) -> None:

@@ -80,6 +80,7 @@ class TracedModel:
         why: why it was that one, where ``auto`` did not take its first choice.
         unused: modules and parameters that the model never uses in evaluation mode (auxiliary
             heads, say); they are not part of the graph.
+        notes: what the graph does otherwise than the model in training mode, as sentences.
         opaque: paths of modules that are left alone; channels that touch them are kept.
         head_dims: attention loses features of its heads, of each as many, instead of whole heads.
         fixed_calls: operators whose sizes and positions the model's code holds for good; for eager
@@ -97,6 +98,7 @@ class TracedModel:
     frontend: str
     unused: tuple[str, ...] = ()
     why: str = ""
+    notes: tuple[str, ...] = ()
     opaque: tuple[str, ...] = ()
     head_dims: bool = False
     fixed_calls: frozenset[str] = frozenset()

@@ -33,6 +33,8 @@ def report(deps: DependencyGraph) -> str:
     if deps.traced.unused:
         idle = ", ".join(deps.traced.unused)
         lines += ["", f"never used in evaluation mode, so not part of the graph: {idle}"]
+    for note in deps.traced.notes:
+        lines += ["", note]
     if deps.refusals:
         lines += ["", f"{len(deps.refusals)} refused:"]
         lines += [f"  {refusal}" for refusal in deps.refusals]

@@ -262,8 +262,9 @@ def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
         record = traced.records[use.record]
         if base_name(record.op) in traced.fixed_calls:
             ledger.freeze(use.labels, _refusal(record.scope or record.node, record.op, NO_GRAPH))
-    for result in ledger.gathers:
-        for factor in ledger.values.get(result, ()):
+    for result, gather in ledger.gathers.items():
+        source = (f for f in ledger.values.get(gather.source, ()) if gather.axis in f.axes)
+        for factor in (*ledger.values.get(result, ()), *source):
             ledger.freeze(factor.labels, _refusal("forward", None, NO_GRAPH))
     for (name, _), axis in ledger.parameters.items():
         owner = traced.graph_module.get_submodule(name.rpartition(".")[0])

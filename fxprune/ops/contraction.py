@@ -5,7 +5,8 @@ consumer side. A letter that the output has is the producer side.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -307,7 +308,56 @@ def _add_cost(
     call.ledger.contractions.append(found)
 
 
+def product(out: str, **axes: str) -> Rule:
+    """``ein`` for operators that the check of a slim model knows no summed axes of.
+
+    Args:
+        out: letters of the result.
+        axes: letters of every tensor argument.
+    """
+    contract = ein(out=out, **axes)
+    summed = {letter for letters in axes.values() for letter in letters if letter not in out}
+
+    def rule(call: Call) -> tuple[Labels, ...]:
+        results = contract(call)
+        call.ledger.reads.extend(_reads(call, axes, summed))
+        return results
+
+    return rule
+
+
+def _reads(call: Call, axes: Mapping[str, str], summed: set[str]) -> Iterable[ChannelRead]:
+    """Summed axes of one operand each: where the check of a slim model hides channels."""
+    found: dict[str, ChannelRead] = {}
+    for name, letters in axes.items():
+        operand: Operand = call[name]
+        if operand.weight:
+            continue
+        known = operand.axes()
+        for k, letter in enumerate(letters, len(operand.shape) - len(letters)):
+            if letter in summed and letter not in found and k in known:
+                read = ChannelRead(call.index, call.node, name, k, known[k], exact=True)
+                found[letter] = read
+    return found.values()
+
+
+def trilinear(call: Call) -> tuple[Labels, ...]:
+    """``bilinear``: three tensors, of which each lacks some axes, multiplied and summed over some.
+
+    For rows of two inputs and a matrix per output feature: ``n a, o a b, n b -> n o``.
+    """
+    missing = {f"i{k}": call[f"expand{k}"] for k in (1, 2, 3)}
+    letters = string.ascii_lowercase[: len(call["i1"].shape) + len(missing["i1"])]
+    axes = {
+        name: "".join(c for at, c in enumerate(letters) if at not in gone)
+        for name, gone in missing.items()
+    }
+    out = "".join(c for at, c in enumerate(letters) if at not in call["sumdim"])
+    return product(out, **axes)(call)
+
+
 RULES: dict[str, Rule] = {
+    "aten::_trilinear": trilinear,
     "aten::convolution": convolution,
     "aten::_convolution": convolution,
     "aten::mm": ein(self="nk", mat2="km", out="nm"),

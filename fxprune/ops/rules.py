@@ -1,11 +1,10 @@
 """Ready-made label rules for operators of one's own; see ``fp.register_rule``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
+from fxprune.ops import contraction
 from fxprune.ops.call import Call, Operand
-from fxprune.ops.contraction import ein
 from fxprune.ops.labels import Factor, Labels
-from fxprune.ops.ledger import ChannelRead
 from fxprune.ops.pointwise import pointwise
 
 Rule = Callable[[Call], tuple[Labels, ...]]
@@ -46,28 +45,4 @@ def product(out: str, **axes: str) -> Rule:
         out: letters of the result.
         axes: letters of every tensor argument, by its name in the operator's schema.
     """
-    contract = ein(out=out, **axes)
-    summed = {letter for letters in axes.values() for letter in letters if letter not in out}
-
-    def rule(call: Call) -> tuple[Labels, ...]:
-        results = contract(call)
-        for read in _reads(call, axes, summed):
-            call.ledger.reads.append(read)
-        return results
-
-    return rule
-
-
-def _reads(call: Call, axes: Mapping[str, str], summed: set[str]) -> Sequence[ChannelRead]:
-    """Summed axes of one operand each: where the check of a slim model hides channels."""
-    found: dict[str, ChannelRead] = {}
-    for name, letters in axes.items():
-        operand: Operand = call[name]
-        if operand.weight:
-            continue
-        known = operand.axes()
-        for k, letter in enumerate(letters, len(operand.shape) - len(letters)):
-            if letter in summed and letter not in found and k in known:
-                read = ChannelRead(call.index, call.node, name, k, known[k], exact=True)
-                found[letter] = read
-    return tuple(found.values())
+    return contraction.product(out, **axes)

@@ -141,6 +141,8 @@ ADAPTIVE: frozenset[Any] = frozenset(
         nn.GLU,
         F.linear,
         nn.Linear,
+        F.bilinear,
+        nn.Bilinear,
         torch.matmul,
         "matmul",
         operator.matmul,
@@ -182,9 +184,9 @@ ADAPTIVE: frozenset[Any] = frozenset(
         *(
             f"aten::{name}"
             for name in (
-                "flatten unsqueeze unbind glu linear matmul einsum tensordot inner cdist "
-                "zeros_like ones_like broadcast_tensors instance_norm batch_norm group_norm prelu "
-                "bmm adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+                "flatten unsqueeze unbind glu linear bilinear matmul einsum tensordot inner "
+                "cdist zeros_like ones_like broadcast_tensors instance_norm batch_norm group_norm "
+                "prelu bmm adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
                 "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
             ).split()
         ),
@@ -206,6 +208,11 @@ CHANNEL_NORMS: tuple[type[nn.Module], ...] = (
 # (attribute, parameter, axis). ``groups`` of convolutions follows from the record.
 MODULE_SIZES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
     nn.Linear: (("out_features", "weight", 0), ("in_features", "weight", 1)),
+    nn.Bilinear: (
+        ("out_features", "weight", 0),
+        ("in1_features", "weight", 1),
+        ("in2_features", "weight", 2),
+    ),
     nn.Embedding: (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1)),
     nn.PReLU: (("num_parameters", "weight", 0),),
     nn.GroupNorm: (("num_channels", "weight", 0),),

@@ -23,6 +23,23 @@ class PlainChain(nn.Module):
         return self.head(torch.sigmoid(self.bn2(self.conv2(x))))
 
 
+class BilinearLayers(nn.Module):
+    """Two inputs and a matrix per output; the second time over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(11, 9), nn.Linear(11, 7)
+        self.meet = nn.Bilinear(9, 7, 13)
+        self.again = nn.Bilinear(13, 9, 8, bias=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).relu(), self.right(x).relu()
+        tokens = torch.stack([self.meet(left, right), self.meet(left, -right)], 1)
+        others = torch.stack([left, 2 * left], 1)
+        return self.head(self.again(tokens, others).tanh()).mean(1)
+
+
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -216,6 +233,7 @@ def sequences() -> MakeInputs:
 
 CASES: dict[str, Case] = {
     "plain_chain": Case(PlainChain, 13 + 17),
+    "bilinear_layers": Case(BilinearLayers, 9 + 7 + 13 + 8, vectors(11), resizes=False),
     "mlp": Case(Mlp, 23 + 19, vectors(11), resizes=False),
     "conv1d": Case(Conv1d, 13 + 11, sequences()),
     "conv3d": Case(Conv3d, 7 + 11, volumes()),

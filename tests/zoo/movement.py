@@ -238,6 +238,34 @@ class IndexList(nn.Module):
         return self.head(self.mix(self.stem(x)[:, [9, 0, 9, 7, 2, 1, 4]]))
 
 
+class IndexListBesideSlices(IndexList):
+    """The list stands in brackets with bounds for space, and counts from the end once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.stem(x)[..., [9, 0, 9, 7, -9, 1, 4], 1:-1, ::2]))
+
+
+class IndexOfTheCode(IndexList):
+    """Positions that forward makes anew in every call, where its input is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        order = torch.tensor([9, 0, 9, 7, 2, 1, 4], device=x.device)
+        return self.head(self.mix(x[:, order]))
+
+
+class IndexByCounting(IndexList):
+    """Every other channel of the first, the second in reverse; by a mask, then by counting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = conv_bn(6, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)[:, [True, False] * 5 + [True]]
+        return self.head(self.mix(x[:, torch.arange(5, -1, -1, device=x.device)]))
+
+
 class Flip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -377,7 +405,10 @@ CASES: dict[str, Case] = {
     "pixel_shuffle": Case(PixelShuffle, 11 + 7),
     "pixel_unshuffle": Case(PixelUnshuffle, 11 + 13 + 7),
     "index_select": Case(IndexSelect, 11 + 13),
-    "index_list": Case(IndexList, None, either=("stem",)),
+    "index_list": Case(IndexList, 11 + 13),
+    "index_list_beside_slices": Case(IndexListBesideSlices, 11 + 13),
+    "index_of_the_code": Case(IndexOfTheCode, 11 + 13),
+    "index_by_counting": Case(IndexByCounting, 11 + 13),
     "flip": Case(Flip, 11 + 13),
     "roll": Case(Roll, 11 + 13),
     "view_flatten": Case(ViewFlatten, 11 + 13, fixed=("head",), resizes=False),
