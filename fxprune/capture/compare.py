@@ -2,10 +2,10 @@
 
 Every tensor gets a number for its content: the same operator on the same contents gives the same
 content, wherever and in whatever order it runs. Tracing turns ``x += y`` into ``x = x + y``, so an
-in-place operator gives its operand a new content. Whoever then reads an old alias of it (a view
-taken earlier) would see the write in one model and not in the other; such recordings are not called
-equal. Movements that leave a tensor as it is (``x[:]``) are nothing, and sizes count as they come
-out (``view(-1)``), since tracing resolves them.
+in-place operator gives its operand a new content. What shares memory with that (a view taken
+earlier) changes too, to something that only the same write makes of it. Movements that leave a
+tensor as it is (``x[:]``) are nothing, sizes count as they come out (``view(-1)``), since tracing
+resolves them, and on which device a tensor lies does not count: a record is made on none.
 """
 
 from collections import defaultdict
@@ -22,9 +22,10 @@ from fxprune.capture.traced import Record, Ref, Value
 def same_computation(a: Recording, b: Recording) -> bool:
     """Whether two recordings certainly compute the same outputs. False means: not certain."""
     known: dict[Hashable, int] = {}
-    first, second = _Contents(a, known), _Contents(b, known)
+    shared = frozenset(a.origins.values()) & frozenset(b.origins.values())
+    first, second = _Contents(a, known, shared), _Contents(b, known, shared)
     try:
-        return first.result() == second.result() and not (first.unclear or second.unclear)
+        return first.result() == second.result()
     except (TypeError, NotImplementedError):  # a literal that cannot be compared
         return False
 
@@ -59,19 +60,31 @@ _SIZED = frozenset(
     f"aten::{name}" for name in "view _unsafe_view reshape expand slice squeeze unsqueeze".split()
 )
 _BY_SHAPE = frozenset(f"aten::{name}" for name in "view _unsafe_view reshape expand".split())
+_OVERWRITING = frozenset(("aten::copy", "aten::fill"))
+_PLACEMENT = frozenset(("device", "pin_memory"))
 
 
 class _Contents:
-    """Numbers the tensors of a recording by content; ``known`` is shared by those to compare."""
+    """Numbers the tensors of a recording by content.
 
-    def __init__(self, recording: Recording, known: dict[Hashable, int]) -> None:
+    Args:
+        recording: what ran.
+        known: numbers given so far, shared by the recordings to compare.
+        shared: ids of the caller's tensors that both recordings use; another one, such as a
+            constant that an export keeps in a buffer, is known by what it holds.
+    """
+
+    def __init__(
+        self, recording: Recording, known: dict[Hashable, int], shared: frozenset[int]
+    ) -> None:
         self.recording = recording
         self.known = known
-        self.unclear = False
+        self._shared = shared
         self._content: dict[int, int] = {}
         self._family: dict[int, int] = {}  # tensors that share memory with each other
         self._members: dict[int, set[int]] = defaultdict(set)
-        self._stale: set[int] = set()
+        self._place: dict[int, int] = {}  # how a tensor was taken from the first of its family
+        self._expanded: dict[int, int] = {}  # what an expanded tensor was before
         self._drawn = 0
 
     def result(self) -> Hashable:
@@ -101,37 +114,60 @@ class _Contents:
         key = self._key(record)
         written = _written(record)
         for k, ref in enumerate(written):
-            family = self._family.get(ref.id, ref.id)
-            self._stale |= self._members[family] - {ref.id}
-            self._set(ref, self._number((key, k)))
+            content = self._number((key, k))
+            self._spread(ref, content)
+            self._content[ref.id] = content
         for k, (out, returned) in enumerate(zip(record.outputs, _returned(record), strict=False)):
             if out is None:
                 continue
             if out not in written:
-                self._set(out, key if isinstance(key, int) else self._number((key, k)))
+                self._content[out.id] = key if isinstance(key, int) else self._number((key, k))
+                if _name(record.op)[0] == "aten::expand":
+                    self._expanded[self._content[out.id]] = self._of(record.args[0])
             if returned is not None and not returned.is_write:
-                self._share(out, record)
+                self._share(out, record, k)
+
+    def _spread(self, ref: Ref, content: int) -> None:
+        """What shares memory with a tensor that was written to now holds something else too."""
+        place = self._place.get(ref.id, 0)
+        for other in self._members[self._family.get(ref.id, ref.id)] - {ref.id}:
+            before = self._of(Ref(other)), self._place.get(other, 0)
+            self._content[other] = self._number(("written", before, place, content))
 
     def _key(self, record: Record) -> Hashable:
         """What the operator computes; a number where its result is its operand."""
         name, overload = _name(record.op)
-        if name in _SAME or (name in _SIZED and self._keeps_shape(record)):
+        if self._is_same(record):
             return self._of(record.args[0])
+        if name == "aten::scalar_tensor":
+            value = torch.scalar_tensor(record.args[0], dtype=record.kwargs.get("dtype"))
+            return self._constant(value)
+        if name in _OVERWRITING and isinstance(record.args[1], Ref):
+            content = self._of(record.args[1])
+            return "overwritten", self._of(record.args[0]), self._expanded.get(content, content)
         drawn: Hashable = None
         if torch.Tag.nondeterministic_seeded in record.op.tags:
             self._drawn = drawn = self._drawn + 1
         if name in _BY_SHAPE:
-            shape = self.recording.values[record.outputs[0].id].shape  # type: ignore[union-attr]
-            return "aten::view" if "expand" not in name else name, self._of(record.args[0]), shape
-        return name, overload, drawn, self._tree(record.args), self._tree(record.kwargs)
+            return *self._sized(record), self._of(record.args[0])
+        kwargs = {k: v for k, v in record.kwargs.items() if k not in _PLACEMENT}
+        return name, overload, drawn, self._tree(record.args), self._tree(kwargs)
 
-    def _keeps_shape(self, record: Record) -> bool:
-        out = record.outputs[0]
-        values = self.recording.values
-        return out is not None and values[out.id].shape == values[record.args[0].id].shape
+    def _is_same(self, record: Record) -> bool:
+        name, out, values = _name(record.op)[0], record.outputs[0], self.recording.values
+        if name in _SIZED and out is not None:
+            return values[out.id].shape == values[record.args[0].id].shape
+        if name == "aten::_to_copy":  # to another device, say
+            dtype, source = record.kwargs.get("dtype"), values[record.args[0].id].data
+            return dtype is None or (source is not None and source.dtype == dtype)
+        return name in _SAME
+
+    def _sized(self, record: Record) -> tuple[Hashable, ...]:
+        """A movement that its result's shape says all about."""
+        shape = self.recording.values[record.outputs[0].id].shape  # type: ignore[union-attr]
+        return "aten::expand" if _name(record.op)[0] == "aten::expand" else "aten::view", shape
 
     def _of(self, ref: Ref) -> int:
-        self.unclear |= ref.id in self._stale
         if ref.id not in self._content:
             self._content[ref.id] = self._source(self.recording.values[ref.id])
         return self._content[ref.id]
@@ -139,26 +175,33 @@ class _Contents:
     def _source(self, value: Value) -> int:
         """A tensor that was there before anything ran: the caller's own, or a constant."""
         origin = self.recording.origins.get(value.id)
-        if origin is not None:
+        if origin in self._shared or (origin is not None and value.data is None):
             return self._number(("caller's", origin))
         if value.data is None:
-            self.unclear = True
             return self._number(("unknown", id(self), value.id))
-        data = value.data.detach().cpu().contiguous()
+        return self._constant(value.data)
+
+    def _constant(self, tensor: torch.Tensor) -> int:
+        data = tensor.detach().cpu().contiguous()
         content = data.flatten().view(torch.uint8).numpy().tobytes()
         return self._number(("constant", data.dtype, data.shape, content))
 
-    def _set(self, ref: Ref, content: int) -> None:
-        self._content[ref.id] = content
-        self._stale.discard(ref.id)
-
-    def _share(self, out: Ref, record: Record) -> None:
+    def _share(self, out: Ref, record: Record, k: int) -> None:
         """A view shares memory with what it views."""
-        for source in tree_leaves([record.args, record.kwargs]):
-            if isinstance(source, Ref):
-                family = self._family.setdefault(source.id, source.id)
-                self._members[family] |= {source.id, out.id}
-                self._family[out.id] = family
+        source = next((a for a in record.args if isinstance(a, Ref)), None)
+        if source is None:
+            return
+        family = self._family.setdefault(source.id, source.id)
+        self._members[family] |= {source.id, out.id}
+        self._family[out.id] = family
+        place = self._place.get(source.id, 0)
+        if not self._is_same(record):
+            by_shape = _name(record.op)[0] in _BY_SHAPE
+            how = (
+                self._sized(record) if by_shape else (_name(record.op), self._tree(record.args[1:]))
+            )
+            place = self._number(("place", place, how, k))
+        self._place[out.id] = place
 
 
 def _returned(record: Record) -> tuple[Any, ...]:

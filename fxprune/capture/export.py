@@ -1,6 +1,7 @@
 """The export frontend: ``torch.export`` with the calls of the author's layers put back."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,16 +9,20 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture.inputs import BoundInputs
-from fxprune.capture.program import exported_program, first_line
+from fxprune.capture.program import export_once, exported_program, first_line
 from fxprune.capture.raising import GraphBuilder, UnsupportedError
+from fxprune.capture.stand_in import many_samples
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.errors import CaptureError
 
 
-def export_graph(model: nn.Module, inputs: BoundInputs) -> tuple[fx.GraphModule, BoundInputs]:
+def export_graph(
+    model: nn.Module, inputs: BoundInputs, *, stand_in: bool = False
+) -> tuple[fx.GraphModule, BoundInputs]:
     """Export a model in evaluation mode and raise its layers.
 
-    The batch size stays free where the model allows it.
+    The batch size stays free where the model allows it: by way of symbolic sizes, or with a size
+    that stands in for it, which is faster, and has to be checked at more than one size.
 
     Returns:
         The graph, and the inputs with one placeholder value per placeholder of that graph.
@@ -26,7 +31,11 @@ def export_graph(model: nn.Module, inputs: BoundInputs) -> tuple[fx.GraphModule,
         CaptureError: control flow that depends on values, or anything else that cannot be exported.
     """
     try:
-        program = exported_program(model, inputs).program
+        with _without_stack_traces():
+            if stand_in:
+                program = export_once(model, *many_samples(inputs))
+            else:
+                program = exported_program(model, inputs).program
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be exported: {type(error).__name__}: "
@@ -34,7 +43,7 @@ def export_graph(model: nn.Module, inputs: BoundInputs) -> tuple[fx.GraphModule,
             "forward, or the part without it has to be pruned on its own"
         ) from error
     try:
-        builder = GraphBuilder(model, program, inputs)
+        builder = GraphBuilder(model, program, inputs, stand_in=stand_in)
         graph = builder.run()
         held = {**builder.held, **_tied_names(model, builder.held)}
         name = type(model).__name__
@@ -42,6 +51,17 @@ def export_graph(model: nn.Module, inputs: BoundInputs) -> tuple[fx.GraphModule,
     except UnsupportedError as error:
         raise CaptureError(f"{type(model).__name__} was exported, but {error}") from error
     return graph_module, replace(inputs, placeholders=tuple(builder.values))
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """No traces of Python frames in the nodes: nobody reads them here, and they take a while."""
+    config, before = fx.config, fx.config.do_not_emit_stack_traces
+    config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 def _tied_names(model: nn.Module, held: dict[str, Any]) -> dict[str, torch.Tensor]:
