@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from fxprune.capture.inputs import BoundInputs
 from fxprune.capture.program import export_once, exported_program, first_line
@@ -31,7 +32,7 @@ def export_graph(
         CaptureError: control flow that depends on values, or anything else that cannot be exported.
     """
     try:
-        with _without_stack_traces():
+        with _bare():
             if stand_in:
                 program = export_once(model, *many_samples(inputs))
             else:
@@ -54,14 +55,18 @@ def export_graph(
 
 
 @contextlib.contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """No traces of Python frames in the nodes: nobody reads them here, and they take a while."""
-    config, before = fx.config, fx.config.do_not_emit_stack_traces
-    config.do_not_emit_stack_traces = True
+def _bare() -> Iterator[None]:
+    """No traces of Python frames in the nodes, and no code for graphs that nobody runs.
+
+    Both are for people who read or run what was exported; here its nodes are copied.
+    """
+    before = fx.config.do_not_emit_stack_traces
+    fx.config.do_not_emit_stack_traces = True
     try:
-        yield
+        with _use_lazy_graph_module(True):
+            yield
     finally:
-        config.do_not_emit_stack_traces = before
+        fx.config.do_not_emit_stack_traces = before
 
 
 def _tied_names(model: nn.Module, held: dict[str, Any]) -> dict[str, torch.Tensor]:

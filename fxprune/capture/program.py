@@ -62,10 +62,11 @@ def is_batched(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
 
 
-def share_first_axis(inputs: BoundInputs) -> bool:
-    """Whether the tensors among the inputs have a first axis, all of one size."""
+def batch_size(inputs: BoundInputs) -> int | None:
+    """Size of the first axis of the tensors among the inputs; None if they do not share one."""
     leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
-    return len({t.shape[0] for t in leaves if is_batched(t)}) == 1
+    sizes = {int(t.shape[0]) for t in leaves if is_batched(t)}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def with_one_more(inputs: BoundInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,7 +109,7 @@ def _with_free_batch(
     A size of 1 would be taken for a constant, and a size that the model has seen before may equal
     one that it remembers: so there is one more sample.
     """
-    if not share_first_axis(inputs):
+    if batch_size(inputs) is None:
         return None
     args, kwargs = with_one_more(inputs)
     bound = inspect.signature(model.forward).bind(*args, **kwargs)

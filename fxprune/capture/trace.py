@@ -17,7 +17,7 @@ from fxprune.capture.export import export_graph
 from fxprune.capture.inputs import BoundInputs, bind_inputs, describe, supplied
 from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
-from fxprune.capture.program import share_first_axis, with_one_more
+from fxprune.capture.program import batch_size, with_one_more
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.state import attributes_kept
 from fxprune.capture.stored import stored_weights
@@ -176,17 +176,16 @@ class _Session:
 
     def _with_one_more(self) -> _Larger | None:
         """The model recorded with one more sample, if it takes the same steps for any number."""
-        if not share_first_axis(self.inputs):
+        if (size := batch_size(self.inputs)) is None:
             return None
         try:
             one = self._larger(self.inputs)
-            if _steps(one.recording) != _steps(self.eager):  # one sample is a special case for some
-                two = self._larger(one.inputs)
-                if _steps(one.recording) != _steps(two.recording):
-                    return None
+            same = _steps(one.recording) == _steps(self.eager)
+            if not same and size == 1:  # a special case for some operators
+                same = _steps(one.recording) == _steps(self._larger(one.inputs).recording)
         except Exception:  # it insists on the size of the example
             return None
-        return one
+        return one if same else None
 
     def _larger(self, inputs: BoundInputs) -> _Larger:
         args, kwargs = with_one_more(inputs)
