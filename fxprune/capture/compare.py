@@ -159,7 +159,7 @@ class _Contents:
             return values[out.id].shape == values[record.args[0].id].shape
         if name == "aten::_to_copy":  # to another device, say
             dtype, source = record.kwargs.get("dtype"), values[record.args[0].id].data
-            return dtype is None or (source is not None and source.dtype == dtype)
+            return dtype is None or bool(source is not None and source.dtype == dtype)
         return name in _SAME
 
     def _sized(self, record: Record) -> tuple[Hashable, ...]:
