@@ -168,7 +168,8 @@ def _labelled(
     results: tuple[int, ...],
     rules: Mapping[str, Any],
 ) -> Case:
-    ledger = Ledger(grouped=labeling._grouped_weights(traced))
+    read = {r.id for record in traced.records for r in labeling._refs(record.args)}
+    ledger = Ledger(grouped=labeling._grouped_weights(traced), read=frozenset(read.union(results)))
     owned = {}
     for k, (leaf, value) in enumerate(leaves):
         if leaf.kind == "activation":
@@ -193,8 +194,8 @@ def _labelled(
     ledger.parameters["(all)", 0] = ParameterAxis(everything, 1, Role.AFFINE, "sample")
     solution = solve(ledger)
     class_of = solution.class_of
-    read = frozenset(c for found in _read(traced, ledger, class_of) for c in found.tolist())
-    return Case(sample, leaves, traced, ledger, class_of, solution.n_channels, read, results)
+    summed = frozenset(c for found in _read(traced, ledger, class_of) for c in found.tolist())
+    return Case(sample, leaves, traced, ledger, class_of, solution.n_channels, summed, results)
 
 
 # The axis that a product sums over, on one of its operands.

@@ -187,7 +187,7 @@ def _what(tensor: torch.Tensor) -> str:
 
 
 def _close(wanted: torch.Tensor, got: torch.Tensor) -> bool:
-    if not wanted.is_floating_point() or not wanted.numel():
+    if not (wanted.is_floating_point() or wanted.is_complex()) or not wanted.numel():
         return wanted.equal(got)
     scale = wanted.nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(wanted, got, rtol=0, atol=TOLERANCE * scale, equal_nan=True)

@@ -12,7 +12,7 @@ import torch
 
 from tests.op_cases import Leaf, Pick, Sample, Step
 from tests.op_movements import arrangements, factories, pieces, views
-from tests.op_tensors import B, P, S, U, X, below, coin, complex_, do, positive, share
+from tests.op_tensors import F64, B, C, P, S, U, X, below, coin, complex_, do, positive, share
 
 aten = torch.ops.aten
 
@@ -155,7 +155,10 @@ def _reductions() -> list[Sample]:
         S(aten.amin.default, "space", "a1", X(2, 7, 5, axes=(1,)), [-1], True),
         S(aten.max.default, "everything", "a0 a1 a2", x),
         S(aten.max.dim, "channels", "a0 a2", x, 1),
+        S(aten.max.dim, "channels, positions unread", "a0 a1 a2", x, 1, results=1),
         S(aten.max.dim, "space", "a0 a1", x, 2, True),
+        S(aten.aminmax.default, "channels", "a0 a1 a2", x, dim=1),
+        S(aten.aminmax.default, "everything", "a0 a1 a2", x),
         S(aten.max.other, "two operands", "a0 a1 a2 b0 b1 b2", X(2, 7, 5), X(2, 7, 5)),
         S(aten.min.default, "everything", "a0 a1 a2", x),
         S(aten.min.dim, "channels", "a0 a2", x, 1),
@@ -194,6 +197,86 @@ def _reductions() -> list[Sample]:
             S(op.default, "everything", "a0 a1 a2", x),
         ]
     return samples
+
+
+def _distances() -> list[Sample]:
+    x, y = X(2, 7, 5, axes=(2,)), X(2, 3, 5, axes=(2,))
+    return [
+        S(aten._cdist_forward.default, "two activations", "a2 b2", x, y, 2.0, 0),
+        S(aten._cdist_forward.default, "largest difference", "a2", x, x, float("inf"), 0),
+        S(aten._cdist_forward.default, "one is untracked", "", x, U(2, 3, 5), 1.0, 0),
+        S(aten._cdist_forward.default, "rows are channels", "a2 b2", X(2, 7, 5), x, 2.0, 0),
+        S(aten._cdist_forward.default, "prototypes", "a2 b1", x, P(3, 5), 2.0, 0),
+        S(aten._euclidean_dist.default, "two activations", "a1 b1", X(7, 5, axes=(1,)), X(3, 5)),
+        S(aten._pdist_forward.default, "one activation", "a1", X(7, 5), 2.0),
+    ]
+
+
+def _positional() -> list[Sample]:
+    x = X(2, 7, 5, 5)
+    return [
+        *(
+            S(op, name, free, X(2, 7, 5), *arguments)
+            for name, free, dim in (("channels", "a0 a2", 1), ("last axis", "a0 a1", 2))
+            for op, *arguments in (
+                (aten.topk.default, 3, dim),
+                (aten.kthvalue.default, 2, dim),
+                (aten.mode.default, dim),
+                (aten.cummax.default, dim),
+                (aten.cummin.default, dim),
+                (aten.logcumsumexp.default, dim),
+            )
+        ),
+        S(aten.kthvalue.default, "last axis kept", "a0 a1", X(2, 7, 5), 2, 2, True),
+        S(aten.tril.default, "last axes", "a0 a1", x),
+        S(aten.triu.default, "last axes", "a0 a1", x, 1),
+        S(aten.rot90.default, "a quarter", "a0 a1", X(2, 7, 3, 5), 1, [2, 3]),
+        S(aten.rot90.default, "first axes", "a2 a3", X(2, 7, 3, 5), 3, [0, 1]),
+        S(aten.diagonal.default, "of space", "a0 a1", x, 1, 2, 3),
+        S(aten.diagonal.default, "of first and last axis", "a1 a2", X(4, 7, 5, 4), 0, 0, -1),
+    ]
+
+
+def _written() -> list[Sample]:
+    x, y = X(6, 7), X(4, 7)
+    rows, each = U(4, data=below(6)), U(4, 1, data=below(6))
+    index = do(aten.expand.default, each, [4, 7])
+    return [
+        S(aten.index_add.default, "rows", "a1 c1", x, 0, rows, y),
+        S(aten.index_copy.default, "rows", "a1 c1", x, 0, C([5, 0, 2, 3]), y),
+        S(aten.scatter_add.default, "rows, expanded index", "a1 c1", x, 0, index, y),
+        S(aten.scatter_add.default, "into zeros", "b1", do(aten.zeros.default, [6, 7], dtype=F64),
+          0, index, y),
+        S(aten.scatter_reduce.two, "largest", "a1 c1", x, 0, index, y, "amax"),
+        S(aten.scatter.value, "a number", "a1", x, 0, index, 0.5),
+        S(aten.scatter_add.default, "index of its own", "", x, 0, U(4, 7, data=below(6)), y),
+        S(aten.scatter_add.default, "first columns alone", "", x, 0,
+          do(aten.expand.default, each, [4, 3]), y),
+        S(aten.index_add_.default, "in place", "a1 c1", x, 0, rows, y),
+    ]
+
+
+def _complex_numbers() -> list[Sample]:
+    x, z = X(2, 7, 6), X(2, 7, 6, data=complex_)
+    pairs = do(aten.view.default, X(2, 7, 6), [2, 7, 3, 2])
+    heads = do(aten.view.default, X(2, 12), [2, 3, 2, 2])
+    forth, back, there = (aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default)
+    return [
+        S(aten.view_as_real.default, "parts", "a0 a1 a2", z),
+        S(aten.view_as_real.default, "parts of heads", "a0 a1",
+          do(aten.view_as_complex.default, heads)),
+        S(aten.view_as_complex.default, "numbers", "a0 a1", X(2, 7, 2)),
+        S(aten.view_as_complex.default, "pairs of channels", "a0 a1 a2", pairs),
+        S(aten.view_as_complex.default, "pairs of features of heads", "a0 a1", heads),
+        S(aten.view_as_complex.default, "nothing but pairs", "a0 a1", X(3, 5, 2)),
+        S(aten.complex.default, "two activations", "a0 a1 a2 b0 b1 b2", x, X(2, 7, 6)),
+        S(aten.polar.default, "angles for all channels", "a0 a1 a2 b0", x, P(6)),
+        S(forth, "last axis", "a0 a1", x, [2], 0, True),
+        S(forth, "two axes, whole spectrum", "a1", x, [0, 2], 1, False),
+        S(back, "last axis", "a0 a1", z, [2], 0, 10),
+        S(back, "two axes", "a0", z, [1, 2], 2, 11),
+        S(there, "channels", "a0 a2", z, [1], 0, True),
+    ]
 
 
 def _mixing() -> list[Sample]:
@@ -415,6 +498,8 @@ def _pass_through() -> list[Sample]:
             S(getattr(aten, name).default, "off", "a0 a1 a2", x, 0.5, False)
             for name in "dropout feature_dropout alpha_dropout feature_alpha_dropout".split()
         ),
+        S(aten.log_sigmoid_forward.default, "alone", "a0 a1 a2", x, results=1),
+        S(aten.rrelu_with_noise.default, "off", "a0 a1 a2 b0 b1 b2", x, y),
         S(aten.native_dropout.default, "off", "a0 a1 a2", x, 0.5, False),
         S(aten.native_dropout.default, "on", "a0 a1 a2", x, 0.5, True, defined=False),
         S(aten.dropout_.default, "in place, off", "a0 a1 a2", x, 0.5, False),
@@ -481,6 +566,10 @@ SAMPLES: tuple[Sample, ...] = tuple(
         factories,
         _reductions,
         _mixing,
+        _positional,
+        _written,
+        _distances,
+        _complex_numbers,
         _spatial,
         _batch_norms,
         _pass_through,

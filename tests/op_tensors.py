@@ -8,6 +8,7 @@ import torch
 from tests.op_cases import Leaf, Sample, Step
 
 aten = torch.ops.aten
+F64 = torch.float64
 Draw = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 

@@ -305,6 +305,84 @@ def test_narrow_heads_equal_the_masked_original(name: str, frontend: str, seed: 
         assert_same_function(slim, masked_original(model, plan, silent=model.silent), again)
 
 
+class Experts(nn.Module):
+    """Experts whose weights are stacked in one tensor each, all asked, weighted by a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = (
+            nn.Linear(5, WIDTH),
+            nn.Linear(WIDTH, 4),
+            nn.Linear(WIDTH, 3),
+        )
+        self.up = nn.Parameter(torch.randn(4, WIDTH, 10) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(4, 10, WIDTH) / 10**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.einsum("btd,edf->betf", x, self.up).relu()
+        y = torch.einsum("betf,efd->betd", y, self.down)
+        return self.head(x + torch.einsum("betd,bte->btd", y, self.gate(x).sigmoid()))
+
+
+class Stacked(nn.Module):
+    """Attention whose projections have an axis for heads and one for features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.qkv = nn.Parameter(torch.randn(3, WIDTH, HEADS, DIM) / WIDTH**0.5)
+        self.out = nn.Parameter(torch.randn(HEADS, DIM, WIDTH) / (HEADS * DIM) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (torch.einsum("btd,dhk->bhtk", x, self.qkv[i]) for i in range(3))
+        y = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) @ v
+        return self.head(x + torch.einsum("bhtk,hkd->btd", y, self.out))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("head_dims", [False, True])
+def test_whole_experts_go_or_all_become_narrower(frontend: str, head_dims: bool) -> None:
+    model, x = randomize(Experts().double(), 5).eval(), tokens()
+    traced = fp.trace(model, x, frontend, head_dims=head_dims)
+    deps = fp.analyze(traced)
+    assert sorted(g.width for g in deps.groups) == sorted((WIDTH, 10 if head_dims else 4))
+    name = next(g.name for g in deps.groups if g.width != WIDTH)
+    plan = fp.plan(deps, fp.Random(seed=2)(deps), ratios={name: 0.5})
+    (kept,) = (g.kept for g in plan.groups if g.name == name)
+    slim = fp.rewrite(traced, plan)
+    assert slim.up.shape == ((4, WIDTH, 5) if head_dims else (2, WIDTH, 10))
+    assert fp.verify(traced, slim, plan).ok
+    assert plan.reached["macs"] == macs(slim, x)
+    masked = copy.deepcopy(model)
+    gone = sorted(set(range(10 if head_dims else 4)) - set(kept))
+    with torch.no_grad():
+        masked.down[(slice(None), gone) if head_dims else gone] = 0
+    assert_same_function(slim, masked, tokens(3, seed=1) if frontend == "symbolic" else x)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("head_dims", [False, True])
+def test_heads_of_stacked_projections_go_or_become_narrower(frontend: str, head_dims: bool) -> None:
+    model, x = randomize(Stacked().double(), 5).eval(), tokens()
+    traced = fp.trace(model, x, frontend, head_dims=head_dims)
+    deps = fp.analyze(traced)
+    (group,) = (g for g in deps.groups if g.width != WIDTH)
+    assert group.width == (DIM if head_dims else HEADS)
+    plan = fp.plan(deps, fp.Random(seed=2)(deps), ratios={group.name: 0.5})
+    (kept,) = (g.kept for g in plan.groups if g.name == group.name)
+    slim = fp.rewrite(traced, plan)
+    assert slim.out.shape == ((HEADS, 3, WIDTH) if head_dims else (1, DIM, WIDTH))
+    assert fp.verify(traced, slim, plan).ok
+    assert plan.reached["macs"] == macs(slim, x)
+    masked = copy.deepcopy(model)
+    gone = sorted(set(range(group.width)) - set(kept))
+    with torch.no_grad():
+        masked.qkv[(..., gone) if head_dims else (..., gone, slice(None))] = 0
+    assert_same_function(slim, masked, tokens(3, seed=1) if frontend == "symbolic" else x)
+
+
 def test_every_head_keeps_features_of_its_own_and_as_many_as_the_others() -> None:
     model, x = network(Fused()), tokens()
     result = fp.prune(model, x, ratios=0.5, importance=fp.Random(seed=3), head_dims=True)

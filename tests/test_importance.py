@@ -11,6 +11,7 @@ from torch import nn
 import fxprune as fp
 from tests.importance_nets import SMALL, Stream, analysed, chain, of
 from tests.zoo.models import ZOO, build
+from tests.zoo.transforms import FourierLayer
 
 LAST = 1e100  # the documented score of channels that a criterion cannot judge
 
@@ -284,3 +285,48 @@ def test_weights_without_data_are_named(criterion) -> None:
 def test_options_that_mean_nothing_are_refused(make) -> None:
     with pytest.raises(fp.ArgumentError, match=r"choose one of|has to name some of"):
         make()
+
+
+class _InPairs(nn.Module):
+    """The Fourier layer of the zoo, its complex weight kept as pairs of real numbers."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.skip, self.head = like.stem, like.skip, like.head
+        self.pairs = nn.Parameter(torch.view_as_real(like.weight.detach()).clone())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.view_as_complex(self.pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FourierLayer.forward(self, x)
+
+
+def _loss(output: torch.Tensor, target: None) -> torch.Tensor:
+    return output.square().mean() + output.mean()
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda x: fp.CPMC(params=0),  # two real numbers are two parameters
+        lambda x: fp.L2(),
+        lambda x: fp.LAMP(),
+        lambda x: fp.FPGM(),
+        lambda x: fp.Taylor([x], _loss),
+        lambda x: fp.Taylor([x], _loss, form="joint"),
+        lambda x: fp.GateTaylor([x], _loss),
+        lambda x: fp.OBD([x], _loss),
+    ],
+)
+def test_a_complex_weight_counts_like_its_two_parts(criterion) -> None:
+    model, x = build("fourier_layer"), ZOO["fourier_layer"].inputs()
+    scores = []
+    for net in (model, _InPairs(model)):
+        deps = analysed(net, x)
+        found = criterion(x)(deps)
+        scores.append({g.name.replace("pairs", "weight"): found[g.channels] for g in deps.groups})
+    assert scores[0].keys() == scores[1].keys() == {"stem", "weight"}
+    for name, found in scores[0].items():
+        assert found.tolist() == pytest.approx(scores[1][name].tolist()), name

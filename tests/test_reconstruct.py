@@ -1,5 +1,6 @@
 """Reconstruction against least squares on design matrices that come from the layers themselves."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune as fp
 from fxprune.recovery import layers
-from fxprune.recovery.pair import Pair
+from fxprune.recovery.pair import Aim, Pair
 from fxprune.recovery.reconstruct import Fitter
 from tests.zoo.randomize import randomize
 
@@ -325,6 +327,24 @@ def two_layers(seed: int = 6) -> tuple[nn.Sequential, Tensor]:
     return randomize(model.to(D), seed).eval(), torch.randn(40, 2, 8, 8, dtype=D)
 
 
+def test_a_norm_behind_a_layer_holds_the_intercept_as_a_bias_would() -> None:
+    """An activation that cuts off makes the fit go on in steps, each with an intercept."""
+    last = nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), *last, nn.ReLU(), nn.Conv2d(5, 3, 1))
+    model = randomize(model.to(D), 8).eval()
+    whole = fuse_conv_bn_eval(model[2], model[3])
+    folded = nn.Sequential(*model[:2], whole, nn.Identity(), *model[4:])
+    x = torch.randn(40, 2, 7, 6, dtype=D)
+    outputs = []
+    for net in (model, folded):
+        result = fp.prune(net, x[:2], ratios={"0": 0.5}, importance=Keep("0", [0, 1, 2]))
+        done = fp.reconstruct(result, x, ridge=0)
+        outputs.append(values(done.model, x)["_4"])
+        (fit,) = (f for f in done.reconstruction.fits if f.layer == "2")
+        assert fit.after < fit.before
+    assert distance(*outputs) <= 1e-9
+
+
 def test_a_removed_copy_of_a_channel_is_added_to_the_channel_that_stays() -> None:
     model, x = two_layers()
     model[0].weight[1], model[0].bias[1] = model[0].weight[4], model[0].bias[4]
@@ -396,7 +416,7 @@ def test_a_lost_border_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_targets_of_other_channels_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Pair.target
-    monkeypatch.setattr(Pair, "target", lambda self, n: [v.roll(1, 1) for v in target(self, n)])
+    monkeypatch.setattr(Pair, "target", lambda self, n, k: target(self, n, k).roll(1, 1))
     assert gap("conv") > 1e-3
 
 
@@ -474,6 +494,25 @@ def test_a_slim_model_that_is_reconstructed_can_be_saved_and_loaded(tmp_path: Pa
     result = fitted(model, x)
     fp.save(result, tmp_path / "slim")
     assert torch.equal(fp.load(tmp_path / "slim")(x), result.model(x))
+
+
+def test_what_is_missing_is_held_for_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides what the models return, memory does not grow with the number of samples."""
+    missing, held, most = Aim.missing, [], []
+
+    def watched(self: Aim, k: int, *, bounded: bool) -> Tensor:
+        found = missing(self, k, bounded=bounded)
+        held.append(weakref.ref(found))
+        most.append(sum(ref() is not None for ref in held))
+        return found
+
+    monkeypatch.setattr(Aim, "missing", watched)
+    monkeypatch.setattr(layers, "CHUNK_BYTES", 1)  # small batches are not joined
+    model = randomize(Residual(nn.BatchNorm2d(5)).to(D), 4)
+    x = torch.randn(40, 2, 7, 6, dtype=D)
+    fp.reconstruct(fp.prune(model, x[:2], ratios=0.6), x.split(4))
+    assert len(held) > 10 * 3
+    assert max(most) <= 2
 
 
 # --- calibration batches -------------------------------------------------------------------------

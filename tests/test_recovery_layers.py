@@ -98,12 +98,17 @@ def test_large_batches_come_in_parts_and_small_ones_together(
     layer = Layer(conv)
     assert len(list(layer.designs(x))) == 2
     each, y = list(x.split(2)), list(conv(x).split(2))
-    assert [len(x) for x, _ in layer.joined(each, y)] == [10]
-    assert [len(x) for x, _ in layer.joined([*each, x[:, :, :5]], [*y, y[0]])] == [10, 10]
+    assert [len(x) for x, _ in layer.joined(each, y.__getitem__)] == [10]
+    assert [len(x) for x, _ in layer.joined([*each, x[:, :, :5]], [*y, y[0]].__getitem__)] == [
+        10,
+        10,
+    ]
     monkeypatch.setattr(layers, "CHUNK_BYTES", 3 * 8 * 3 * 3 * 36)  # three samples
     assert [d.n for *_, d in layer.designs(x)] == [3 * 36, 3 * 36, 2 * 36, 2 * 36]
-    assert [len(x) for x, _ in layer.joined(each, y)] == [6, 4]
+    assert [len(x) for x, _ in layer.joined(each, y.__getitem__)] == [6, 4]
     assert gap(conv, x) <= 1e-13
+    wide = Layer(nn.Conv2d(3, 100, 1).to(D))  # of its outputs, a sample alone is too much
+    assert [d.n for *_, d in wide.designs(x)] == [36] * 10
 
 
 def test_products_are_those_of_the_rows(kind: tuple[nn.Module, Tensor]) -> None:

@@ -1,12 +1,12 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxprune.capture.record import return_aliases, written_arguments
+from fxprune.capture.record import return_aliases, tree_leaves, written_arguments
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.errors import Refusal
 from fxprune.ops.call import JOINT, Call, Operand, base_name, schema_arguments
@@ -61,6 +61,7 @@ def label(traced: TracedModel, whole_groups: frozenset[int] = frozenset()) -> Le
         grouped=grouped,
         head_dims=traced.head_dims,
         whole_groups=whole_groups,
+        read=frozenset(_read(traced)),
     )
     for index, record in enumerate(traced.records):
         _apply(traced, index, record, ledger)
@@ -69,6 +70,13 @@ def label(traced: TracedModel, whole_groups: frozenset[int] = frozenset()) -> Le
     _refuse_opaque_calls(traced, ledger)
     _hold_what_is_left_alone(traced, ledger)
     return ledger
+
+
+def _read(traced: TracedModel) -> Iterator[int]:
+    """Values that an operator reads, or the model returns."""
+    output = next(n for n in reversed(traced.graph_module.graph.nodes) if n.op == "output")
+    for tree in (*((r.args, r.kwargs) for r in traced.records), traced.results[output.name]):
+        yield from (leaf.id for leaf in tree_leaves(tree) if isinstance(leaf, Ref))
 
 
 def _hold_what_is_left_alone(traced: TracedModel, ledger: Ledger) -> None:

@@ -14,7 +14,7 @@ from fxprune.importance.batch_norms import batch_norms
 from fxprune.importance.criterion import FloatArray
 from fxprune.importance.evidence import Activation, Gradients
 from fxprune.importance.reads import BoolArray, Read
-from fxprune.importance.slots import axes_of_parameters, per_position
+from fxprune.importance.slots import axes_of_parameters, first_order, parts, per_position
 from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Role
 
@@ -145,6 +145,7 @@ class GateSums:
                 continue  # the loss does not depend on this reader
             read = self._reads[index]
             there = read.value.channels >= 0
+            gradient = gradient.real if gradient.is_complex() else gradient  # gates are real
             values = gradient.double().cpu().numpy().reshape(there.shape)[there]
             if not np.isfinite(values).all():
                 raise NonFiniteError(
@@ -177,9 +178,9 @@ class GradientSums:
 
     def __init__(self, deps: DependencyGraph) -> None:
         named = {n: t for n, t in deps.tensors.items() if isinstance(t, torch.nn.Parameter)}
-        self._named = {n: t for n, t in named.items() if t.is_floating_point()}
+        self._named = {n: t for n, t in named.items() if t.is_floating_point() or t.is_complex()}
         self._mean = {n: torch.zeros_like(_wide(t)) for n, t in self._named.items()}
-        self._squares = {n: torch.zeros_like(_wide(t)) for n, t in self._named.items()}
+        self._squares = {n: torch.zeros_like(parts(_wide(t))) for n, t in self._named.items()}
         n_channels = deps.n_channels
         self._axes = [
             (axis, _Slot(axis.channels, n_channels))
@@ -217,15 +218,17 @@ class GradientSums:
             )
         for name, gradient in found.items():
             self._mean[name] += gradient
-            self._squares[name] += gradient.square()
-        products = {name: g * _wide(self._named[name]) for name, g in found.items()}
+            self._squares[name] += parts(gradient).square()
+        products = {name: first_order(g, _wide(self._named[name])) for name, g in found.items()}
         for axis, slot in self._axes:
             if axis.name in products:
                 slot.add(per_position(products[axis.name], axis))
         for norm, slot in self._norms:
-            parts = [products[a.name] for a in (norm.scale, norm.shift) if a and a.name in products]
-            if parts:
-                slot.add(torch.stack(parts).sum(0).double().cpu().numpy())
+            affine = [
+                products[a.name] for a in (norm.scale, norm.shift) if a and a.name in products
+            ]
+            if affine:
+                slot.add(torch.stack(affine).sum(0).double().cpu().numpy())
 
     def result(self, batches: int) -> Gradients:
         """Means over batches."""

@@ -12,7 +12,7 @@ from fxprune.errors import ArgumentError
 from fxprune.importance.batch_norms import batch_norms
 from fxprune.importance.criterion import PRODUCERS, FloatArray, Roles, check_choice
 from fxprune.importance.normalise import divided, normalised
-from fxprune.importance.slots import Pool, check_finite, over_weights, weight_data
+from fxprune.importance.slots import Pool, check_finite, over_weights, squared, weight_data
 from fxprune.ops.ledger import Role
 
 _COMBINATIONS = ("additive", "ratio")
@@ -132,4 +132,4 @@ class CPMC:
         return over_weights(deps, roles, self._size, each=each, mean=self.mean, missing=missing)
 
     def _size(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight.abs() if self.norm == 1 else weight.square()
+        return weight.abs() if self.norm == 1 else squared(weight)

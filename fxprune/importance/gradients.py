@@ -12,7 +12,15 @@ from fxprune.errors import ArgumentError
 from fxprune.importance.calibrate import evidence_of
 from fxprune.importance.criterion import PRODUCERS, UNJUDGED, Roles, check_choice, check_roles
 from fxprune.importance.evidence import Gradients, Loss
-from fxprune.importance.slots import REDUCTIONS, Pool, axes_of_parameters, over_weights
+from fxprune.importance.slots import (
+    REDUCTIONS,
+    Pool,
+    axes_of_parameters,
+    first_order,
+    joined,
+    over_weights,
+    parts,
+)
 
 FORMS = ("squared", "joint", "absolute")
 GATES = ("reads", "batch_norm")
@@ -68,7 +76,7 @@ class Taylor:
             over_weights(
                 deps,
                 self.roles,
-                lambda name, w: _absolute(gradients.mean[name] * w, self.form),
+                lambda name, w: _absolute(first_order(gradients.mean[name], w), self.form),
                 reduction=self.reduction,
                 each=np.abs if self.form == "joint" else None,
             )
@@ -175,7 +183,7 @@ class OBD:
             over_weights(
                 deps,
                 self.roles,
-                lambda name, w: fisher[name] * w.square() / 2,
+                lambda name, w: joined(fisher[name] * parts(w).square(), w) / 2,
                 reduction=self.reduction,
             )
         )

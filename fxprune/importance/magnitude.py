@@ -17,6 +17,7 @@ from fxprune.importance.slots import (
     Pool,
     check_finite,
     over_weights,
+    squared,
     weight_data,
 )
 
@@ -87,7 +88,7 @@ class LAMP(OfWeights):
 
 def _squares(deps: DependencyGraph, roles: Roles, reduction: str, missing: float) -> FloatArray:
     return over_weights(
-        deps, roles, lambda name, w: w.square(), reduction=reduction, missing=missing
+        deps, roles, lambda name, w: squared(w), reduction=reduction, missing=missing
     )
 
 

@@ -64,9 +64,11 @@ def channel_reads(deps: DependencyGraph) -> tuple[list[Read], BoolArray]:
         if node.name not in read:
             continue
         unshown = read[node.name].copy()
-        for source in node.all_input_nodes:
+        for source in sorted(node.all_input_nodes, key=lambda n: _is_weight(deps, n)):
+            # Of a product with a computed weight, the other factor is the activation.
+            wanted = unshown if _is_weight(deps, source) else read[node.name]
             for value in _carried(deps, source):
-                found += _only(node.name, value, read[node.name])
+                found += _only(node.name, value, wanted)
                 unshown[value.channels[value.channels >= 0]] = False
         hidden |= unshown
     return found, hidden
@@ -148,6 +150,12 @@ def _mark(mask: BoolArray, carried: Iterable[IntArray]) -> None:
 def _refs(record: Record) -> Iterator[Ref]:
     leaves = tree_leaves((record.args, record.kwargs))
     yield from (leaf for leaf in leaves if isinstance(leaf, Ref))
+
+
+def _is_weight(deps: DependencyGraph, node: fx.Node) -> bool:
+    """Whether a node's value is computed from parameters alone."""
+    result = deps.traced.results.get(node.name)
+    return isinstance(result, Ref) and result.id in deps.ledger.weights
 
 
 def _carried(deps: DependencyGraph, node: fx.Node) -> Iterator[Carried]:

@@ -210,12 +210,32 @@ def check_finite(deps: DependencyGraph, name: str, values: FloatArray) -> None:
         raise NonFiniteError(f"{name} {shape} holds NaN or infinite weights: no ranking")
 
 
+def parts(weight: torch.Tensor) -> torch.Tensor:
+    """Of complex weights [...] real and imaginary part, [..., 2]; others as they are."""
+    return torch.view_as_real(weight) if weight.is_complex() else weight
+
+
+def joined(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What is known of ``parts`` of a weight as one number per weight, their sum."""
+    return values.sum(-1) if weight.is_complex() else values
+
+
+def squared(weight: torch.Tensor) -> torch.Tensor:
+    """|w|^2."""
+    return joined(parts(weight).square(), weight)
+
+
+def first_order(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """By how much the loss falls if a weight becomes zero, to first order."""
+    return joined(parts(gradient) * parts(weight), weight)
+
+
 def rows(weight: torch.Tensor, axis: ParameterAxis) -> torch.Tensor:
     """The weights at every position of an axis, [positions, weights]."""
     if axis.blocks > 1:  # each convolution group has columns of its own
         columns: torch.Tensor = weight.unflatten(0, (axis.blocks, -1)).transpose(1, 2)
         return columns.flatten(0, 1).flatten(1)
-    return weight.movedim(axis.axis, 0).flatten(1)
+    return parts(weight.movedim(axis.axis, 0)).flatten(1)
 
 
 def _summed_behind(values: torch.Tensor, last_axis: int) -> torch.Tensor:

@@ -195,6 +195,11 @@ class Call:
         shapes = ", ".join(str(list(o.shape)) for o in self.operands())
         return Refusal(code, self.node, self.op.replace("::", "."), f"{why} ({shapes})", need)
 
+    def is_read(self, result: int) -> bool:
+        """Whether anything is done with one of the results."""
+        value = self.results[result]
+        return value is not None and value in self.ledger.read
+
     def sized(self, labels: Labels) -> None:
         """Note that sizes among the arguments depend on these labels."""
         for factor in labels:

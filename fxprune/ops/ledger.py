@@ -146,6 +146,7 @@ class Ledger:
     whole_groups: frozenset[int] = frozenset()  # convolutions whose groups go as wholes
     nonempty: list[IntArray] = field(default_factory=list)
     values: dict[int, Labels] = field(default_factory=dict)
+    read: frozenset[int] = frozenset()  # values that an operator reads, or the model returns
     weights: set[int] = field(default_factory=set)  # values that are computed from weights alone
     memory: dict[int, set[int]] = field(default_factory=dict)  # value -> all in the same memory
     # Value and axis whose parts are picked along their inner axis, by number.

@@ -117,16 +117,17 @@ def _merges_out_of_order(call: Call, factor: Factor, new: Factor, ndim: int) -> 
 def _disjoint(call: Call, operand: Operand, factors: list[Factor]) -> Labels:
     """Where two factors come to lie on one axis (an outer product, flattened), the first stays.
 
-    A position would be a row and a column, so all columns are kept; then it is its row.
+    A position would be a row and a column, so all columns are kept; then it is its row. Where
+    features of heads go rather than heads, the last stays, and all rows are kept.
     """
     reason = FIXED_AXIS if operand.weight else _PRODUCT
     held: dict[int, Factor] = {}
-    for factor in factors:
+    for factor in reversed(factors) if call.ledger.head_dims else factors:
         if any(axis in held for axis in factor.axes):
             call.freeze(factor.labels, *reason)
         else:
             held.update(dict.fromkeys(factor.axes, factor))
-    return tuple(dict.fromkeys(held.values()))
+    return tuple(factor for factor in factors if factor in held.values())
 
 
 _PRODUCT = (

@@ -14,15 +14,20 @@ PASS_THROUGH = frozenset(
     f"aten::{name}"
     for name in (
         "alias _to_copy clone contiguous detach lift_fresh lift_fresh_copy lift _conj positive "
-        "native_dropout dropout alpha_dropout feature_dropout feature_alpha_dropout "
-        "zeros_like ones_like full_like empty_like zero fill resolve_conj resolve_neg "
-        "hardtanh leaky_relu elu celu selu silu mish gelu hardsigmoid hardswish relu6 softplus "
-        "softshrink hardshrink threshold logit nan_to_num clamp clamp_min clamp_max masked_fill"
+        "native_dropout dropout alpha_dropout feature_dropout feature_alpha_dropout zeros_like "
+        "ones_like full_like empty_like zero fill resolve_conj resolve_neg complex polar hardtanh "
+        "leaky_relu elu celu selu silu mish gelu hardsigmoid hardswish relu6 softplus softshrink "
+        "hardshrink threshold logit nan_to_num clamp clamp_min clamp_max masked_fill"
     ).split()
 )
 _MOVES_ONLY = frozenset(
     f"aten::{name}" for name in "alias clone contiguous detach lift_fresh".split()
 )
+
+
+def with_buffer(call: Call) -> tuple[Labels, ...]:
+    """The first result is pointwise; others are the kernel's own."""
+    return (pointwise(call)[0], *((),) * (len(call.results) - 1))
 
 
 def pass_through(call: Call) -> tuple[Labels, ...]:
@@ -39,15 +44,17 @@ def pointwise(call: Call) -> tuple[Labels, ...]:
     shape = call.shapes[0]
     if all(not o.parameter and not o.labels for o in operands):
         return ((),) * len(call.results)
-    factors = list(_joint(call, operands, len(shape)))
+    factors = tuple(_joint(call, operands, len(shape)))
     done = {axis for factor in factors for axis in factor.axes}
-    known = _settled(call, operands, len(shape), done)
-    for axis in range(len(shape)):
-        if shape[axis] > 1 and axis not in done:
-            met = _meet(call, known, axis - len(shape))
-            if met is not None:
-                factors.append(Factor((axis,), met.labels, copies=met.copies))
-    return (tuple(factors),) * len(call.results)
+    factors += aligned(call, operands, shape, set(range(len(shape))) - done)
+    return (factors,) * len(call.results)
+
+
+def aligned(call: Call, operands: list[Operand], shape: tuple[int, ...], axes: set[int]) -> Labels:
+    """Factors over one axis each: what meets on it lives and dies together."""
+    known = _settled(call, operands, len(shape), set(range(len(shape))) - axes)
+    met = {a: _meet(call, known, a - len(shape)) for a in sorted(axes) if shape[a] > 1}
+    return tuple(Factor((a,), f.labels, copies=f.copies) for a, f in met.items() if f is not None)
 
 
 Known = list[tuple[Operand, dict[int, Factor]]]

@@ -1,8 +1,8 @@
 """Operators that reduce over axes, and operators that normalise or order along an axis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from fxprune.ops.call import Call, Operand
+from fxprune.ops.call import UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Role
 from fxprune.ops.pointwise import pointwise
@@ -57,7 +57,8 @@ def reduction(call: Call) -> tuple[Labels, ...]:
 
 
 def _read(call: Call, axis: int, factor: Factor) -> None:
-    if call.op in _POSITIONS or (call.op in _WITH_POSITIONS and len(call.results) > 1):
+    positions = call.op in _WITH_POSITIONS and len(call.results) > 1 and call.is_read(1)
+    if call.op in _POSITIONS or positions:
         call.freeze(factor.labels, *MIXES)  # the numbers of positions are part of the result
         return
     if call.op in _EXACT:
@@ -69,7 +70,10 @@ def _read(call: Call, axis: int, factor: Factor) -> None:
 
 
 def mixing(axes: Callable[[Call], set[int]]) -> Rule:
-    """A rule for operators of one tensor that mix positions along some axes."""
+    """A rule for operators of one tensor that mix positions along some axes.
+
+    Results may be shorter along these axes, or without them.
+    """
 
     def rule(call: Call) -> tuple[Labels, ...]:
         x = next(call.operands())
@@ -81,10 +85,20 @@ def mixing(axes: Callable[[Call], set[int]]) -> Rule:
             if other is not x:
                 for factor in other.labels:
                     call.freeze(factor.labels, *MIXES)
-        labels = tuple(Factor((axis,), own) for axis, own in found.items())
-        return tuple(labels if shape == call.shapes[0] else () for shape in call.shapes)
+        return tuple(_mixed(found, mixed, len(x.shape), shape) for shape in call.shapes)
 
     return rule
+
+
+def _mixed(
+    found: Mapping[int, IntArray], mixed: set[int], ndim: int, shape: tuple[int, ...]
+) -> Labels:
+    if len(shape) == ndim:
+        return tuple(Factor((a,), own) for a, own in found.items() if shape[a] == own.size)
+    gone = sorted(mixed) if len(shape) < ndim else []
+    kept = {a - sum(g < a for g in gone): own for a, own in found.items() if a not in gone}
+    fits = (a < len(shape) and shape[a] == own.size for a, own in kept.items())
+    return tuple(Factor((a,), own) for fit, (a, own) in zip(fits, kept.items(), strict=True) if fit)
 
 
 def softmax(call: Call) -> tuple[Labels, ...]:
@@ -171,20 +185,43 @@ def weight_norm(call: Call) -> tuple[Labels, ...]:
     return (tuple(factors), ())
 
 
+def distances(call: Call) -> tuple[Labels, ...]:
+    """Of all pairs of rows: a feature without which both rows are is a difference of zero."""
+    found = {}
+    for name in ("x1", "x2", "self"):
+        if isinstance(x := call.get(name), Operand):
+            last = len(x.shape) - 1
+            known = x.confined({last}).get(last)
+            found[name, last] = x.own(last, Role.CONSUMER) if x.parameter else known
+    tracked = {place: labels for place, labels in found.items() if labels is not None}
+    for (name, last), labels in tracked.items():
+        call.ledger.equate(labels, next(iter(tracked.values())))
+        call.ledger.reads.append(ChannelRead(call.index, call.node, name, last, labels, exact=True))
+        call.ledger.nonempty.append(labels)
+        if len(tracked) < len(found):
+            call.freeze(labels, *UNTRACKED)
+    return ((),)
+
+
 def _dim(call: Call) -> set[int]:
-    return {call["dim"] % max(len(call.shapes[0]), 1)}
+    return {call["dim"] % max(len(call["self"].shape), 1)}
 
 
 _REDUCTIONS = (
     "sum nansum mean amax amin max min var std prod any all argmax argmin logsumexp "
-    "linalg_vector_norm norm var_mean std_mean median"
+    "linalg_vector_norm norm var_mean std_mean median aminmax"
 )
+_ALONG = "cumsum cumprod logcumsumexp cummax cummin sort topk kthvalue mode"
 RULES: dict[str, Rule] = {
     **{f"aten::{name}": reduction for name in _REDUCTIONS.split()},
-    **{f"aten::{name}": mixing(_dim) for name in "cumsum cumprod sort".split()},
+    **{f"aten::{name}": mixing(_dim) for name in _ALONG.split()},
     **{
         f"aten::{name}": softmax
         for name in "_softmax _log_softmax softmax log_softmax _safe_softmax".split()
+    },
+    **{
+        f"aten::{name}": distances
+        for name in "_cdist_forward _euclidean_dist _pdist_forward".split()
     },
     "aten::_weight_norm_interface": weight_norm,
     "aten::native_layer_norm": layer_norm,

@@ -6,10 +6,22 @@ from types import MappingProxyType
 import torch
 
 from fxprune.errors import ArgumentError, RuleConflictError
-from fxprune.ops import contraction, factory, indexing, join, movement, reduction, spatial, vision
+from fxprune.ops import (
+    complex,
+    contraction,
+    factory,
+    indexing,
+    join,
+    movement,
+    positional,
+    reduction,
+    scatter,
+    spatial,
+    vision,
+)
 from fxprune.ops.call import Call, base_name
 from fxprune.ops.labels import Labels
-from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise
+from fxprune.ops.pointwise import PASS_THROUGH, is_pointwise, pass_through, pointwise, with_buffer
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -65,7 +77,11 @@ RULES = merged(
     factory.RULES,
     reduction.RULES,
     spatial.RULES,
+    complex.RULES,
+    positional.RULES,
+    scatter.RULES,
     dict.fromkeys(PASS_THROUGH, pass_through),
+    dict.fromkeys(("aten::log_sigmoid_forward", "aten::rrelu_with_noise"), with_buffer),
     dict.fromkeys(("aten::copy", "aten::_prelu_kernel"), pointwise),
 )
 

@@ -80,7 +80,9 @@ SIZED: dict[Any, Kind] = {
     nn.ConstantPad1d: Kind.PAD,
     nn.ConstantPad2d: Kind.PAD,
     nn.ConstantPad3d: Kind.PAD,
+    nn.ZeroPad1d: Kind.PAD,
     nn.ZeroPad2d: Kind.PAD,
+    nn.ZeroPad3d: Kind.PAD,
     F.layer_norm: Kind.NORM,
     nn.LayerNorm: Kind.NORM,
     F.rms_norm: Kind.NORM,
@@ -156,6 +158,13 @@ ADAPTIVE: frozenset[Any] = frozenset(
         F.prelu,
         nn.PReLU,
         torch.einsum,
+        torch.tensordot,
+        torch.inner,
+        "inner",
+        torch.cdist,
+        nn.CircularPad1d,
+        nn.CircularPad2d,
+        nn.CircularPad3d,
         nn.LSTM,
         nn.GRU,
         nn.RNN,
@@ -173,9 +182,9 @@ ADAPTIVE: frozenset[Any] = frozenset(
         *(
             f"aten::{name}"
             for name in (
-                "flatten unsqueeze unbind glu linear matmul einsum zeros_like "
-                "ones_like broadcast_tensors instance_norm batch_norm group_norm prelu bmm "
-                "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+                "flatten unsqueeze unbind glu linear matmul einsum tensordot inner cdist "
+                "zeros_like ones_like broadcast_tensors instance_norm batch_norm group_norm prelu "
+                "bmm adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
                 "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
             ).split()
         ),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fxprune.ops.call import FIXED_AXIS, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.reduction import statistic
 
@@ -70,6 +70,19 @@ def col2im(call: Call) -> tuple[Labels, ...]:
     return ((Factor((channels,), np.ascontiguousarray(blocks[:, 0])),),)
 
 
+def max_unpool(call: Call) -> tuple[Labels, ...]:
+    """Puts every channel back where ``max_pool`` took it from."""
+    x, indices = call["self"], call["indices"]
+    leading = set(range(len(x.shape) - len(call["output_size"])))
+    found, at = x.labelled(leading), indices.confined(leading)
+    for axis, labels in found.items():
+        if axis in at:
+            call.ledger.equate(labels, at[axis])
+        else:
+            call.freeze(labels, *UNTRACKED)
+    return (tuple(Factor((a,), labels) for a, labels in found.items() if a in at),)
+
+
 def _area(kernel: list[int]) -> int:
     return int(np.prod(kernel))
 
@@ -101,6 +114,8 @@ RULES: dict[str, Rule] = {
     },
     **{f"aten::{name}": per_channel for name in _RESIZE.split()},
     **{f"aten::{name}": batch_norm for name in _BATCH_NORMS.split()},
+    "aten::max_unpool2d": max_unpool,
+    "aten::max_unpool3d": max_unpool,
     "aten::im2col": im2col,
     "aten::col2im": col2im,
     "aten::grid_sampler_2d": grid_sample,

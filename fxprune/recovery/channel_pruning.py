@@ -274,8 +274,7 @@ class _Selector:
 def _observed(pair: Pair, node: fx.Node) -> Seen:
     """What a layer reads now, and what its output lacks to be that of the original."""
     layer = Layer(pair.modules[node])
-    missing = pair.aim(node).missing(pair.values(node), bounded=False)
-    first, second = halves(pair, node, layer, missing)
+    first, second = halves(pair.aim(node), layer)
     return Seen(pair.names[node], layer, first + second, torch.zeros(0))
 
 

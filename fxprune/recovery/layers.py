@@ -6,7 +6,7 @@ BatchNorm in evaluation mode the case of one unknown per channel: its scale.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,13 @@ class Layer:
             return int(weight.shape[0] // self.groups * math.prod(weight.shape[2:]))
         return int(weight[0].numel())
 
+    @property
+    def outputs(self) -> int:
+        """Output channels per group."""
+        weight = self.module.weight
+        transposed = isinstance(self.module, TRANSPOSED)
+        return int(weight.shape[1] if transposed else weight.shape[0] // self.groups)
+
     def designs(
         self, x: torch.Tensor, chosen: RandomPositions | None = None
     ) -> Iterator[tuple[slice, Positions, Design]]:
@@ -105,7 +112,7 @@ class Layer:
             yield part if x is given else slice(None), at, self._design(x[part].double(), at)
 
     def joined(
-        self, xs: list[torch.Tensor], ys: list[torch.Tensor]
+        self, xs: list[torch.Tensor], y: Callable[[int], torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of what the layer reads, and of its outputs; small ones of equal shape as one."""
         runs: list[list[int]] = []
@@ -116,9 +123,9 @@ class Layer:
                 runs.append([k])
         for run in runs:
             if len(run) == 1:
-                yield xs[run[0]], ys[run[0]]
+                yield xs[run[0]], y(run[0])
             else:
-                yield torch.cat([xs[i] for i in run]), torch.cat([ys[i] for i in run])
+                yield torch.cat([xs[i] for i in run]), torch.cat([y(i) for i in run])
 
     def _joins(self, run: list[torch.Tensor], x: torch.Tensor) -> bool:
         """Whether a batch can be added to others."""
@@ -190,12 +197,13 @@ class Layer:
         return plain and m.kernel_size[0] > 1 and m.stride[0] == 1
 
     def _bytes_per_sample(self, x: torch.Tensor) -> int:
-        positions = x[0].numel()
+        """Of its rows or of its outputs, whichever are more, in float64."""
+        read = x[0].numel()
         if not isinstance(self.module, (nn.Linear, *NORMS)):
-            positions *= math.prod(self.module.kernel_size[1 if self._banded else 0 :])
+            read *= math.prod(self.module.kernel_size[1 if self._banded else 0 :])
             if isinstance(self.module, TRANSPOSED):
-                positions *= math.prod(self.module.stride)
-        return 8 * positions
+                read *= math.prod(self.module.stride)
+        return 8 * max(read, self.groups * self.outputs * self._positions(x))
 
     def count(self, x: torch.Tensor) -> int:
         """Rows of a batch."""

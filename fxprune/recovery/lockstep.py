@@ -58,11 +58,10 @@ class Lockstep:
 
     def compute(self, node: fx.Node) -> None:
         """Run one node on every batch (again, if a layer has changed)."""
-        results = []
+        results = self.values.setdefault(node, [None] * len(self._batches))
         for k, inputs in enumerate(self._batches):
             with running(inputs, k, node.name):
-                results.append(self._result(node, k, inputs))
-        self.values[node] = results
+                results[k] = self._result(node, k, inputs)
 
     def _result(self, node: fx.Node, k: int, inputs: Inputs) -> Any:
         if node.op == "placeholder":

@@ -1,5 +1,6 @@
 """The original and the slim model, run side by side on the same batches."""
 
+import copy
 import math
 import operator
 from collections import Counter
@@ -34,12 +35,14 @@ class Pair:
         modules: layer that every node of the slim model calls, for those that call one.
         names: qualified name of that layer.
         calls: how many nodes call a module, by its ``id``.
+        batches: number of batches.
     """
 
     def __init__(
         self, traced: TracedModel, plan: PruningPlan, slim: fx.GraphModule, batches: list[Inputs]
     ) -> None:
         deps = analyze(traced)
+        self.batches = len(batches)
         self._traced = traced
         self._shapes = SlimShapes(deps, np.append(kept_channels(deps, plan), True))
         self._now = Lockstep(slim, batches)
@@ -68,16 +71,16 @@ class Pair:
         """Run a node of the slim model again, because its weights have changed."""
         self._now.compute(node)
 
-    def target(self, node: fx.Node) -> list[torch.Tensor]:
-        """What the original returned, at the positions that the slim model keeps."""
-        values = self._then.values[self._twins[node.name]]
+    def target(self, node: fx.Node, k: int) -> torch.Tensor:
+        """What the original returned on batch ``k``, at the positions that the slim model keeps."""
+        value: torch.Tensor = self._then.values[self._twins[node.name]][k]
         ref: Ref = self._traced.results[node.name]
-        for axis in range(len(self._traced.values[ref.id].shape)):
+        for axis in range(value.dim()):
             kept = self._shapes.axis(ref.id, axis)
             if not kept.all():
-                index = torch.from_numpy(np.flatnonzero(kept)).to(values[0].device)
-                values = [v.index_select(axis, index) for v in values]
-        return values
+                index = torch.from_numpy(np.flatnonzero(kept)).to(value.device)
+                value = value.index_select(axis, index)
+        return value
 
     def aim(self, node: fx.Node) -> "Aim":
         """What a layer has to reach: what the original gives where its effect is complete.
@@ -87,50 +90,63 @@ class Pair:
         std / gamma). If a bounded activation follows, what it cuts off does not matter.
         """
         steps: list[Step] = []
-        target, at = self.target(node), node
-        shape, whole = target[0].shape, True
+        at, whole = node, True
         while len(at.users) == 1:
             (user,) = at.users
             module = self.modules.get(user)
             if isinstance(module, NORMS) and module.running_mean is not None:
-                steps.append(module)
-                target = [module(t) for t in target]
+                steps.append(Norm(module, copy.deepcopy(module)))
             elif (other := _other_summand(user, at)) is not None:
-                if self._computed(other) and self.values(other)[0].shape == shape:
-                    steps.append(self.values(other))
-                    target = [t + o for t, o in zip(target, self.target(other), strict=True)]
+                if self._adds(other, node):
+                    steps.append(other)
                 else:
                     whole = False
             elif not isinstance(module, _PASS):
                 bounds = _bounds(user, module) if whole else _UNBOUNDED
-                return Aim(target, tuple(steps), *bounds)
+                return Aim(self, node, tuple(steps), *bounds)
             at = user
-        return Aim(target, tuple(steps), *_UNBOUNDED)
+        return Aim(self, node, tuple(steps), *_UNBOUNDED)
 
-    def _computed(self, node: fx.Node) -> bool:
-        """Whether both models have run this node, to one tensor."""
+    def _adds(self, other: fx.Node, node: fx.Node) -> bool:
+        """Whether both models have run this other summand, to one tensor of the shape of a node."""
         return (
-            node in self._now.values
-            and self._twins.get(node.name) in self._then.values
-            and isinstance(self._traced.results[node.name], Ref)
+            other in self._now.values
+            and self._twins.get(other.name) in self._then.values
+            and isinstance(self._traced.results[other.name], Ref)
+            and self.values(other)[0].shape == self.values(node)[0].shape
         )
 
 
-Step = Any  # a BatchNorm, or per batch what is added
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """A BatchNorm behind a layer.
+
+    Attributes:
+        now: the one of the slim model, whose mean moves when the layer is fitted.
+        then: what it was before: the target stays.
+    """
+
+    now: Any
+    then: Any
+
+
+Step = Norm | fx.Node  # or the node of what is added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Aim:
-    """What a layer has to reach.
+    """What a layer has to reach: what the original gives behind the steps that follow.
 
     Attributes:
-        target: per batch, what the original gives behind ``steps``, at the kept positions.
-        steps: BatchNorms that follow, and what is added, per batch.
+        pair: the original and the slim model.
+        node: of the layer.
+        steps: BatchNorms that follow, and nodes of what is added.
         low: what lies below makes no difference.
         high: what lies above makes no difference.
     """
 
-    target: list[torch.Tensor]
+    pair: Pair
+    node: fx.Node
     steps: tuple[Step, ...]
     low: float
     high: float
@@ -140,28 +156,30 @@ class Aim:
         """Whether some differences make none."""
         return (self.low, self.high) != _UNBOUNDED
 
-    def missing(self, values: list[torch.Tensor], *, bounded: bool) -> list[torch.Tensor]:
-        """What a layer that gives ``values`` should give in addition, per batch.
+    def missing(self, k: int, *, bounded: bool) -> torch.Tensor:
+        """What the layer should give in addition on batch ``k``.
+
+        Worked out anew for every batch and every time: of all batches together, it would need as
+        much memory as several times what the layer returns.
 
         Args:
-            values: what it gives.
+            k: number of the batch.
             bounded: leave out what makes no difference.
         """
-        scale = self._scale()
-        found = []
-        for k, (value, target) in enumerate(zip(values, self.target, strict=True)):
-            now = value
-            for step in self.steps:
-                now = now + step[k] if isinstance(step, list) else step(now)
-            if bounded:
-                target = torch.where(target <= self.low, now.clamp_max(self.low), target)
-                target = torch.where(target >= self.high, now.clamp_min(self.high), target)
-            found.append(_in_front(_difference(target, now), scale))
-        return found
+        now, target = self.pair.values(self.node)[k], self.pair.target(self.node, k)
+        for step in self.steps:
+            if isinstance(step, fx.Node):
+                now, target = now + self.pair.values(step)[k], target + self.pair.target(step, k)
+            else:
+                now, target = step.now(now), step.then(target)
+        if bounded:
+            target = torch.where(target <= self.low, now.clamp_max(self.low), target)
+            target = torch.where(target >= self.high, now.clamp_min(self.high), target)
+        return _in_front(_difference(target, now), self._scale())
 
     def _scale(self) -> torch.Tensor | None:
         """What the BatchNorms multiply every channel by, float64."""
-        scales = [_scale(s) for s in self.steps if not isinstance(s, list)]
+        scales = [_scale(s.then) for s in self.steps if isinstance(s, Norm)]
         return torch.stack(scales).prod(0) if scales else None
 
 

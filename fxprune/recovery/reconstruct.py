@@ -193,8 +193,7 @@ class Fitter:
     def _visit(self, node: fx.Node, layer: Layer) -> None:
         """Fit a layer if anything is missing from what it returns."""
         aim = self.pair.aim(node)
-        missing = aim.missing(self.pair.values(node), bounded=aim.bounded)
-        spread, error = _spread(layer, self.pair.target(node)), _energy(missing)
+        spread, error = self._spread(node, layer), self._error(aim)
         if not math.isfinite(error + spread):
             raise NonFiniteError(f"{node.name} returns NaN or infinity on the calibration batches")
         if error <= _ROUNDING * spread:
@@ -203,7 +202,7 @@ class Fitter:
             self.skipped.append((self.pair.names[node], why))
             return
         samples, strength = self._fit(node, layer, aim)
-        left = _energy(aim.missing(self.pair.values(node), bounded=aim.bounded))
+        left = self._error(aim)
         short = f"too few samples: at least {layer.unknowns + 1} are needed; held by the ridge"
         note = short if samples <= layer.unknowns else ""
         shares = error / spread, left / spread
@@ -230,8 +229,7 @@ class Fitter:
         touches it at the present weights; between steps runs Nesterov's extrapolation.
         """
         intercept = self._intercept(node)
-        missing = aim.missing(self.pair.values(node), bounded=False)
-        folds = halves(self.pair, node, layer, missing, draft=self.draft)
+        folds = halves(aim, layer, draft=self.draft)
         whole = folds[0] + folds[1]
         strength = self.strength
         if strength is None:
@@ -248,14 +246,28 @@ class Fitter:
         )
         steps = _BOUNDED_STEPS if aim.bounded and not self.draft else 0
         for k in range(steps):
-            missing = aim.missing(self.pair.values(node), bounded=True)
-            first, second = halves(self.pair, node, layer, missing, square=False)
+            first, second = halves(aim, layer, bounded=True, square=False)
             change, shift = ridge.solve(first + second)
             rate = k / (k + 3) if k + 1 < steps else 0.0
             moved = change + lead[0], shift + lead[1]
             lead = rate * moved[0], rate * moved[1]
             self._apply(node, layer, intercept, change + lead[0], shift + lead[1])
         return whole.n, strength
+
+    def _error(self, aim: Aim) -> float:
+        """Sum of squares of what a layer lacks, as far as it makes a difference."""
+        missing = (aim.missing(k, bounded=aim.bounded) for k in range(self.pair.batches))
+        return sum(float(m.double().square().sum()) for m in missing)
+
+    def _spread(self, node: fx.Node, layer: Layer) -> float:
+        """Sum of squares of what the original gives about its means."""
+        n, squares, sums = 0, 0.0, torch.zeros(())
+        for k in range(self.pair.batches):
+            target = layer.targets(self.pair.target(node, k))
+            n += target.shape[2]
+            squares += float(target.square().sum())
+            sums = sums + target.sum(2)
+        return max(squares - float(sums.square().sum()) / n, 1e-300)
 
     def _apply(
         self,
@@ -291,23 +303,19 @@ class Fitter:
 
 
 def halves(
-    pair: Pair,
-    node: fx.Node,
-    layer: Layer,
-    missing: list[torch.Tensor],
-    *,
-    square: bool = True,
-    draft: bool = False,
+    aim: Aim, layer: Layer, *, bounded: bool = False, square: bool = True, draft: bool = False
 ) -> list[Moments]:
     """Second moments of two halves of the samples: what a layer reads, and what is missing.
 
-    ``square=False`` leaves out the products of what it reads; ``draft`` samples positions.
+    ``bounded`` leaves out what makes no difference, ``square=False`` the products of what it reads;
+    ``draft`` samples positions.
     """
-    xs, outputs = pair.values(node.all_input_nodes[0]), layer.weights().shape[2]
-    folds = [Moments.zeros(layer.groups, layer.unknowns, outputs, square=square) for _ in range(2)]
+    xs = aim.pair.values(aim.node.all_input_nodes[0])
+    sizes = layer.groups, layer.unknowns, layer.outputs
+    folds = [Moments.zeros(*sizes, square=square) for _ in range(2)]
     chosen = RandomPositions.enough(layer, sum(len(x) for x in xs)) if draft else None
     count = 0
-    for x, r in layer.joined(xs, missing):
+    for x, r in layer.joined(xs, lambda k: aim.missing(k, bounded=bounded)):
         for part, at, design in layer.designs(x, chosen):
             folds[count % 2].add(design, layer.targets(r[part], at))
             count += 1
@@ -317,16 +325,3 @@ def halves(
 def _add(tensor: torch.Tensor, sign: float, shift: torch.Tensor) -> None:
     with torch.no_grad():
         tensor += (sign * shift).to(tensor)
-
-
-def _energy(tensors: list[torch.Tensor]) -> float:
-    return sum(float(t.double().square().sum()) for t in tensors)
-
-
-def _spread(layer: Layer, targets: list[torch.Tensor]) -> float:
-    """Sum of squares of the targets about their means."""
-    outputs = [layer.targets(t) for t in targets]
-    n = sum(t.shape[2] for t in outputs)
-    squares = sum(float(t.square().sum()) for t in outputs)
-    means = torch.stack([t.sum(2) for t in outputs]).sum(0) / n
-    return max(squares - n * float(means.square().sum()), 1e-300)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.zoo import blocks, chains, joins, movement, refused, sequences, structure, traps
+from tests.zoo import (
+    blocks,
+    chains,
+    joins,
+    movement,
+    positions,
+    refused,
+    sequences,
+    structure,
+    transforms,
+    traps,
+)
 from tests.zoo.case import Case, Inputs
 from tests.zoo.randomize import randomize
 
@@ -23,9 +34,11 @@ ZOO = _merged(
     chains.CASES,
     joins.CASES,
     movement.CASES,
+    positions.CASES,
     structure.CASES,
     blocks.CASES,
     sequences.CASES,
+    transforms.CASES,
     traps.CASES,
     REFUSED,
 )

@@ -65,6 +65,8 @@ def _value(module: nn.Module, name: str, old: Tensor, generator: torch.Generator
     if old.numel() == max(old.shape, default=1):  # biases, and scales such as [1, C, 1, 1]
         return _uniform(old, -0.6, 0.6, generator)
     spread = 1.3 / math.sqrt(old.numel() / old.shape[0])
+    if old.is_complex():
+        return torch.randn(old.shape, generator=generator, dtype=torch.complex128) * spread
     dtype = torch.float32 if old.numel() > 1_000_000 else torch.float64  # large ones: for speed
     return torch.randn(old.shape, generator=generator, dtype=dtype) * spread
 
