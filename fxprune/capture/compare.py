@@ -156,10 +156,10 @@ class _Contents:
     def _is_same(self, record: Record) -> bool:
         name, out, values = _name(record.op)[0], record.outputs[0], self.recording.values
         if name in _SIZED and out is not None:
-            return values[out.id].shape == values[record.args[0].id].shape
+            return bool(values[out.id].shape == values[record.args[0].id].shape)
         if name == "aten::_to_copy":  # to another device, say
             dtype, source = record.kwargs.get("dtype"), values[record.args[0].id].data
-            return dtype is None or bool(source is not None and source.dtype == dtype)
+            return dtype is None or (source is not None and source.dtype == dtype)
         return name in _SAME
 
     def _sized(self, record: Record) -> tuple[Hashable, ...]:
