@@ -59,6 +59,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Detectors scale their images by themselves, to 800 pixels if nobody says otherwise.
     **{name: {"min_size": 64, "max_size": 64} for name in DETECTION if "ssd" not in name},
 }
+# Their heads run once for every proposal, 1000 of each image if nobody says otherwise.
+FEW_PROPOSALS = {"rpn_post_nms_top_n_test": 24, "box_detections_per_img": 8}
+OPTIONS |= {name: OPTIONS[name] | FEW_PROPOSALS for name in DETECTION if "rcnn" in name}
 
 
 def _model(name: str, options: dict[str, Any]) -> nn.Module:

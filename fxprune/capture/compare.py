@@ -2,10 +2,10 @@
 
 Every tensor gets a number for its content: the same operator on the same contents gives the same
 content, wherever and in whatever order it runs. Tracing turns ``x += y`` into ``x = x + y``, so an
-in-place operator gives its operand a new content. Whoever then reads an old alias of it (a view
-taken earlier) would see the write in one model and not in the other; such recordings are not called
-equal. Movements that leave a tensor as it is (``x[:]``) are nothing, and sizes count as they come
-out (``view(-1)``), since tracing resolves them.
+in-place operator gives its operand a new content. What shares memory with that (a view taken
+earlier) changes too, to something that only the same write makes of it. Movements that leave a
+tensor as it is (``x[:]``) are nothing, sizes count as they come out (``view(-1)``), since tracing
+resolves them, and on which device a tensor lies does not count: a record is made on none.
 """
 
 from collections import defaultdict
@@ -22,11 +22,17 @@ from fxprune.capture.traced import Record, Ref, Value
 def same_computation(a: Recording, b: Recording) -> bool:
     """Whether two recordings certainly compute the same outputs. False means: not certain."""
     known: dict[Hashable, int] = {}
-    first, second = Contents(a, known), Contents(b, known)
+    shared = shared_tensors(a, b)
+    first, second = Contents(a, known, shared), Contents(b, known, shared)
     try:
-        return first.result() == second.result() and not (first.unclear or second.unclear)
+        return first.result() == second.result()
     except (TypeError, NotImplementedError):  # a literal that cannot be compared
         return False
+
+
+def shared_tensors(a: Recording, b: Recording) -> frozenset[int]:
+    """Ids of the caller's tensors that both recordings use."""
+    return frozenset(a.origins.values()) & frozenset(b.origins.values())
 
 
 def same_outputs(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -69,21 +75,33 @@ _SAME = frozenset(
 _SIZED = frozenset(
     f"aten::{name}" for name in "view _unsafe_view reshape expand slice squeeze unsqueeze".split()
 )
-_WHERE = frozenset({"device", "pin_memory", "non_blocking"})  # arguments that change no content
 _BY_SHAPE = frozenset(f"aten::{name}" for name in "view _unsafe_view reshape expand".split())
+_SELECT = "aten::select", "int"
+_OVERWRITING = frozenset(("aten::copy", "aten::fill"))
+_WHERE = frozenset(("device", "pin_memory", "non_blocking"))  # changes no content
 
 
 class Contents:
-    """Numbers the tensors of a recording by content; ``known`` is shared by those to compare."""
+    """Numbers the tensors of a recording by content.
 
-    def __init__(self, recording: Recording, known: dict[Hashable, int]) -> None:
+    Args:
+        recording: what ran.
+        known: numbers given so far, shared by the recordings to compare.
+        shared: ``shared_tensors``; another one, such as a constant that an export keeps in a
+            buffer, is known by what it holds.
+    """
+
+    def __init__(
+        self, recording: Recording, known: dict[Hashable, int], shared: frozenset[int]
+    ) -> None:
         self.recording = recording
         self.known = known
-        self.unclear = False
+        self._shared = shared
         self._content: dict[int, int] = {}
         self._family: dict[int, int] = {}  # tensors that share memory with each other
         self._members: dict[int, set[int]] = defaultdict(set)
-        self._stale: set[int] = set()
+        self._place: dict[int, int] = {}  # how a tensor was taken from the first of its family
+        self._expanded: dict[int, int] = {}  # what an expanded tensor was before
         self._drawn: dict[Hashable, int] = defaultdict(int)
 
     def result(self) -> Hashable:
@@ -119,48 +137,67 @@ class Contents:
             key = key, self._drawn[key]
         written = _written(record)
         for k, ref in enumerate(written):
-            family = self._family.get(ref.id, ref.id)
-            self._stale |= self._members[family] - {ref.id}
-            self._set(ref, self._number((key, k)))
-        unbound = _name(record.op)[0] == "aten::unbind"
+            content = self._number((key, k))
+            self._spread(ref, content)
+            self._content[ref.id] = content
         for k, (out, returned) in enumerate(zip(record.outputs, _returned(record), strict=False)):
             if out is None:
                 continue
-            if unbound:
-                self._set(out, self._number((self._selection(record, k), 0)))
+            if _name(record.op)[0] == "aten::unbind":
+                x, *pick = self._selection(record, k)
+                selection = (*_SELECT, self._tree([x, *pick]), self._tree({}))
+                self._content[out.id] = self._number((selection, 0))
             elif out not in written:
-                self._set(out, key if isinstance(key, int) else self._number((key, k)))
+                self._content[out.id] = key if isinstance(key, int) else self._number((key, k))
+                if _name(record.op)[0] == "aten::expand":
+                    self._expanded[self._content[out.id]] = self.of(record.args[0])
             if returned is not None and not returned.is_write:
-                self._share(out, record)
+                self._share(out, record, k)
+
+    def _spread(self, ref: Ref, content: int) -> None:
+        """What shares memory with a tensor that was written to now holds something else too."""
+        place = self._place.get(ref.id, 0)
+        for other in self._members[self._family.get(ref.id, ref.id)] - {ref.id}:
+            before = self.of(Ref(other)), self._place.get(other, 0)
+            self._content[other] = self._number(("written", before, place, content))
 
     def key(self, record: Record) -> Hashable:
         """What the operator computes; a number where its result is its operand."""
         name, overload = _name(record.op)
-        if name in _SAME or (name in _SIZED and self._keeps_shape(record)):
+        if self._is_same(record):
             return self.of(record.args[0])
+        if name == "aten::scalar_tensor":
+            value = torch.scalar_tensor(record.args[0], dtype=record.kwargs.get("dtype"))
+            return self._constant(value)
+        if name in _OVERWRITING and isinstance(record.args[1], Ref):
+            content = self.of(record.args[1])
+            return "overwritten", self.of(record.args[0]), self._expanded.get(content, content)
         if name in _BY_SHAPE:
-            shape = self.recording.values[record.outputs[0].id].shape  # type: ignore[union-attr]
-            return "aten::view" if "expand" not in name else name, self.of(record.args[0]), shape
+            return *self._sized(record), self.of(record.args[0])
         kwargs = {k: v for k, v in record.kwargs.items() if k not in _WHERE}
-        if name == "aten::_to_copy" and not kwargs:
-            return self.of(record.args[0])
         return name, overload, self._tree(record.args), self._tree(kwargs)
 
-    def _selection(self, record: Record, k: int) -> Hashable:
-        """What ``select`` computes; tracing writes unpacking so, code may unbind."""
-        dim = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim", 0)
-        x = record.args[0]
-        dim %= len(self.recording.values[x.id].shape)
-        return "aten::select", "int", self._tree([x, dim, k]), self._tree({})
+    def _is_same(self, record: Record) -> bool:
+        name, out, values = _name(record.op)[0], record.outputs[0], self.recording.values
+        if name in _SIZED and out is not None:
+            return bool(values[out.id].shape == values[record.args[0].id].shape)
+        if name == "aten::_to_copy":  # to another device, say
+            dtype, source = record.kwargs.get("dtype"), values[record.args[0].id].data
+            return dtype is None or (source is not None and source.dtype == dtype)
+        return name in _SAME
 
-    def _keeps_shape(self, record: Record) -> bool:
-        out = record.outputs[0]
-        values = self.recording.values
-        return out is not None and values[out.id].shape == values[record.args[0].id].shape
+    def _sized(self, record: Record) -> tuple[Hashable, ...]:
+        """A movement that its result's shape says all about."""
+        shape = self.recording.values[record.outputs[0].id].shape  # type: ignore[union-attr]
+        return "aten::expand" if _name(record.op)[0] == "aten::expand" else "aten::view", shape
+
+    def _selection(self, record: Record, k: int) -> tuple[Ref, int, int]:
+        """``(x, dim, k)`` of a ``select``: tracing writes unpacking so, code may unbind."""
+        dim = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim", 0)
+        return record.args[0], dim % len(self.recording.values[record.args[0].id].shape), k
 
     def of(self, ref: Ref) -> int:
         """The number of a tensor's content at this point of the run."""
-        self.unclear |= ref.id in self._stale
         if ref.id not in self._content:
             self._content[ref.id] = self._source(self.recording.values[ref.id])
         return self._content[ref.id]
@@ -168,26 +205,33 @@ class Contents:
     def _source(self, value: Value) -> int:
         """A tensor that was there before anything ran: the caller's own, or a constant."""
         origin = self.recording.origins.get(value.id)
-        if origin is not None:
+        if origin in self._shared or (origin is not None and value.data is None):
             return self._number(("caller's", origin))
         if value.data is None:
-            self.unclear = True
             return self._number(("unknown", id(self), value.id))
-        data = value.data.detach().cpu().contiguous()
+        return self._constant(value.data)
+
+    def _constant(self, tensor: torch.Tensor) -> int:
+        data = tensor.detach().cpu().contiguous()
         content = data.flatten().view(torch.uint8).numpy().tobytes()
         return self._number(("constant", data.dtype, data.shape, content))
 
-    def _set(self, ref: Ref, content: int) -> None:
-        self._content[ref.id] = content
-        self._stale.discard(ref.id)
-
-    def _share(self, out: Ref, record: Record) -> None:
+    def _share(self, out: Ref, record: Record, k: int) -> None:
         """A view shares memory with what it views."""
-        for source in tree_leaves([record.args, record.kwargs]):
-            if isinstance(source, Ref):
-                family = self._family.setdefault(source.id, source.id)
-                self._members[family] |= {source.id, out.id}
-                self._family[out.id] = family
+        source = next((a for a in record.args if isinstance(a, Ref)), None)
+        if source is None:
+            return
+        family = self._family.setdefault(source.id, source.id)
+        self._members[family] |= {source.id, out.id}
+        self._family[out.id] = family
+        place = self._place.get(source.id, 0)
+        if not self._is_same(record):
+            name, picked = _name(record.op), record.args[1:]
+            if name[0] == "aten::unbind":
+                name, picked, k = _SELECT, self._selection(record, k)[1:], 0
+            how = self._sized(record) if name[0] in _BY_SHAPE else (name, self._tree(picked))
+            place = self._number(("place", place, how, k))
+        self._place[out.id] = place
 
 
 def _returned(record: Record) -> tuple[Any, ...]:

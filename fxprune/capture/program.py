@@ -40,7 +40,7 @@ def exported_program(model: nn.Module, inputs: BoundInputs, *, free_batch: bool 
     batched = _with_free_batch(model, inputs) if free_batch else None
     if batched is not None:
         try:
-            program = _export(model, *batched)
+            program = export_once(model, *batched)
         except Exception as error:  # some models insist on their batch size: see below
             fixed = first_line(error)
         else:
@@ -49,7 +49,7 @@ def exported_program(model: nn.Module, inputs: BoundInputs, *, free_batch: bool 
                 return Program(program)
     elif free_batch:
         fixed = "the tensors among the inputs have no first axis of one size"
-    return Program(_export(model, inputs.args, inputs.kwargs, None), fixed)
+    return Program(export_once(model, inputs.args, inputs.kwargs), fixed)
 
 
 def first_line(error: BaseException) -> str:
@@ -60,6 +60,13 @@ def first_line(error: BaseException) -> str:
 def is_batched(leaf: Any) -> bool:
     """Whether a value among the inputs is a tensor with a first axis."""
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+
+
+def batch_size(inputs: BoundInputs) -> int | None:
+    """Size of the first axis of the tensors among the inputs; None if they do not share one."""
+    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+    sizes = {int(t.shape[0]) for t in leaves if is_batched(t)}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def with_one_more(inputs: BoundInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,9 +81,10 @@ def with_one_more(inputs: BoundInputs) -> tuple[tuple[Any, ...], dict[str, Any]]
     return grown
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+def export_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
 ) -> ExportedProgram:
+    """``torch.export.export`` without strictness, and without what it prints."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
     printed = io.StringIO()  # a failing export prints its half-made graph
@@ -101,8 +109,7 @@ def _with_free_batch(
     A size of 1 would be taken for a constant, and a size that the model has seen before may equal
     one that it remembers: so there is one more sample.
     """
-    tensors = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs)) if is_batched(t)]
-    if not tensors or len({t.shape[0] for t in tensors}) != 1:
+    if batch_size(inputs) is None:
         return None
     args, kwargs = with_one_more(inputs)
     bound = inspect.signature(model.forward).bind(*args, **kwargs)

@@ -18,6 +18,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import BoundInputs, supplied
+from fxprune.capture.program import is_batched
+from fxprune.capture.stand_in import free_batch
 
 # Layers that consist of others, or hide axes that channels run through: they stay open.
 _OPEN: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -65,16 +67,21 @@ class GraphBuilder:
     Attributes:
         held: what ``call_module`` and ``get_attr`` nodes refer to, by path.
         values: example value of every placeholder.
+        batched: nodes of the inputs that have one entry per sample.
     """
 
-    def __init__(self, model: nn.Module, program: ExportedProgram, inputs: BoundInputs) -> None:
+    def __init__(
+        self, model: nn.Module, program: ExportedProgram, inputs: BoundInputs, *, stand_in: bool
+    ) -> None:
         self.model = model
+        self.stand_in = stand_in
         self.program = program
         self.inputs = inputs
         self.graph = fx.Graph()
         self.nodes: dict[fx.Node, Any] = {}
         self.held: dict[str, Any] = {}
         self.values: list[Any] = []
+        self.batched: list[fx.Node] = []
         self.sources = _sources(program)
         self.layers = {
             name: m for name, m in model.named_modules(remove_duplicate=False) if _is_layer(m)
@@ -92,6 +99,8 @@ class GraphBuilder:
             elif node not in calls and node.op in ("call_function", "get_attr"):
                 self.nodes[node] = self._copy(node)
         self._output(next(n for n in reversed(old.nodes) if n.op == "output"))
+        if self.stand_in:
+            free_batch(self.graph, self.batched[0])
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         targets = {n.target for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
         self.held = {path: value for path, value in self.held.items() if path in targets}
@@ -110,8 +119,10 @@ class GraphBuilder:
         made = {name: self.graph.placeholder(name) for name, _ in given}
         self.values = [value for _, value in given]
         for name, value in given:
-            for path, _ in pytree.tree_flatten_with_path(value)[0]:
-                self.nodes[next(leaves)] = self._entry(made[name], path)
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                entry = self.nodes[next(leaves)] = self._entry(made[name], path)
+                if is_batched(leaf):
+                    self.batched.append(entry)
 
     def _entry(self, node: fx.Node, path: tuple[Any, ...]) -> fx.Node:
         for step in path:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import fnmatch
-import gc
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.collector import collector_paused
 from fxprune.capture.compare import same_computation, same_outputs, written_state
 from fxprune.capture.eager import NODE, eager_graph, record_modules
 from fxprune.capture.export import export_graph
-from fxprune.capture.inputs import BoundInputs, bind_inputs, describe
+from fxprune.capture.inputs import BoundInputs, bind_inputs, describe, supplied
 from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
+from fxprune.capture.program import batch_size, with_one_more
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
 from fxprune.capture.state import attributes_kept
 from fxprune.capture.stored import stored_weights
@@ -80,28 +81,13 @@ def trace(
         _unchanged(model),
         torch.random.fork_rng(devices=_devices(model)),
         plain_kernels(),
-        _collector_paused(),
+        collector_paused(),
     ):
         eager, kernels, reads = _record_eager(model, inputs, named)
         session = _Session(model, inputs, named, eager, kernels, reads)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
     return replace(captured, opaque=left_alone, head_dims=head_dims, weights=stored)
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No search for cycles: a capture makes many small objects and frees hardly any.
-
-    On a large model a full collection in the middle takes as long as all the rest.
-    """
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def _matching_modules(model: nn.Module, patterns: str | Iterable[str]) -> tuple[str, ...]:
@@ -117,6 +103,23 @@ def _matching_modules(model: nn.Module, patterns: str | Iterable[str]) -> tuple[
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Unchecked:
+    """A captured graph that nobody has compared with the model yet."""
+
+    inputs: BoundInputs
+    recording: Recording
+    traced: TracedModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Larger:
+    """Inputs with one more sample, and the model recorded on them."""
+
+    inputs: BoundInputs
+    recording: Recording
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Session:
     """One model in evaluation mode, recorded once, to be captured by one frontend or another."""
 
@@ -129,51 +132,98 @@ class _Session:
 
     def choose(self) -> TracedModel:
         """The symbolic graph, unless there is none or it hides what an exported one shows."""
+        symbolic = None
         try:
-            symbolic = self.capture("symbolic")
+            symbolic = self._captured("symbolic")
+            hidden = opaque_nodes(symbolic.traced)
+            if not hidden:
+                return self._checked(symbolic)
+            why = f"symbolic tracing leaves {', '.join(hidden[:3])} opaque"
         except CaptureError as error:
-            why = f"symbolic tracing failed: {error}"
-            try:
-                return replace(self.capture("export"), why=why)
-            except CaptureError as second:
-                return replace(self.capture("eager"), why=f"{why}; exporting failed: {second}")
-        hidden = opaque_nodes(symbolic)
-        if not hidden:
-            return symbolic
-        what = f"symbolic tracing leaves {', '.join(hidden[:3])} opaque"
+            symbolic, why = None, f"symbolic tracing failed: {error}"
         try:
-            return replace(self.capture("export"), why=what)
+            return replace(self.capture("export"), why=why)
         except CaptureError as error:
-            return replace(symbolic, why=f"{what}, but exporting failed: {error}")
+            why = f"{why}; exporting failed: {error}"
+        if symbolic is not None:
+            with contextlib.suppress(CaptureError):
+                return replace(self._checked(symbolic), why=why)
+        return replace(self.capture("eager"), why=why)
 
     def capture(self, frontend: str) -> TracedModel:
         """Capture with one frontend and check the graph against the model."""
-        with attributes_kept(self.model):
-            return self._without_graph() if frontend == "eager" else self._with_graph(frontend)
+        if frontend == "eager":
+            with attributes_kept(self.model):
+                return self._without_graph()
+        if frontend == "export" and (found := self._with_stand_in()):
+            return found
+        return self._checked(self._captured(frontend))
 
-    def _with_graph(self, frontend: str) -> TracedModel:
+    def _with_stand_in(self) -> TracedModel | None:
+        """The exported graph in the fast way, if it is the model for one more sample too."""
+        more = self._with_one_more()
+        if more is None:
+            return None
+        try:
+            found = self._captured("export", stand_in=True)
+            graph_module = found.traced.graph_module
+            placeholders = tuple(value for _, value in supplied(self.model, more.inputs))
+            inputs = replace(more.inputs, placeholders=placeholders)
+            larger = _record(graph_module, inputs, list(_named(graph_module)), self.kernels)
+            traced = self._checked(found)
+            _check_same(self.model, more.recording, replace(found, inputs=inputs, recording=larger))
+        except CaptureError:
+            return None
+        return traced
+
+    def _with_one_more(self) -> _Larger | None:
+        """The model recorded with one more sample, if it takes the same steps for any number."""
+        if (size := batch_size(self.inputs)) is None:
+            return None
+        try:
+            one = self._larger(self.inputs)
+            same = _steps(one.recording) == _steps(self.eager)
+            if not same and size == 1:  # a special case for some operators
+                same = _steps(one.recording) == _steps(self._larger(one.inputs).recording)
+        except Exception:  # it insists on the size of the example
+            return None
+        return one if same else None
+
+    def _larger(self, inputs: BoundInputs) -> _Larger:
+        args, kwargs = with_one_more(inputs)
+        with attributes_kept(self.model):
+            recording = record_call(self.model, args, kwargs, self.named, self.kernels)
+        return _Larger(replace(inputs, args=args, kwargs=kwargs), recording)
+
+    def _captured(self, frontend: str, *, stand_in: bool = False) -> _Unchecked:
         model, inputs = self.model, self.inputs
-        if frontend == "symbolic":
-            graph_module = symbolic_graph(model, inputs)
-        else:
-            graph_module, inputs = export_graph(model, inputs)
-        graph_module.eval()
-        held = list(_named(graph_module))
-        notes = self._follow_training(graph_module, inputs.placeholders, held)
-        graph = _record(graph_module, inputs, held, self.kernels)
-        if not same_computation(self.eager, graph):
-            _check_writes(model, self.eager, graph)
-            _compare_outputs(model, graph_module, inputs)
-        return TracedModel(
-            graph_module=graph_module,
-            args=inputs.placeholders,
-            records=graph.records,
-            values=graph.values,
-            results=graph.results,
-            frontend=frontend,
-            unused=_unused(model, self.named, held),
-            notes=notes,
+        with attributes_kept(model):
+            if frontend == "symbolic":
+                graph_module = symbolic_graph(model, inputs)
+            else:
+                graph_module, inputs = export_graph(model, inputs, stand_in=stand_in)
+            graph_module.eval()
+            held = list(_named(graph_module))
+            notes = self._follow_training(graph_module, inputs.placeholders, held)
+            graph = _record(graph_module, inputs, held, self.kernels)
+        return _Unchecked(
+            inputs,
+            graph,
+            TracedModel(
+                graph_module=graph_module,
+                args=inputs.placeholders,
+                records=graph.records,
+                values=graph.values,
+                results=graph.results,
+                frontend=frontend,
+                unused=_unused(model, self.named, held),
+                notes=notes,
+            ),
         )
+
+    def _checked(self, found: _Unchecked) -> TracedModel:
+        _check_same(self.model, self.eager, found)
+        return found.traced
 
     def _follow_training(
         self, graph_module: fx.GraphModule, placeholders: tuple[Any, ...], held: list[Named]
@@ -198,6 +248,10 @@ class _Session:
             results={NODE: recording.output, "output": recording.output},
             frontend="eager",
         )
+
+
+def _steps(recording: Recording) -> list[Any]:
+    return [record.op for record in recording.records]
 
 
 def _unused(model: nn.Module, named: list[Named], of_graph: list[Named]) -> tuple[str, ...]:
@@ -260,6 +314,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for tensor, version, content in state:
                 if tensor._version != version:
                     tensor.copy_(content)
+
+
+def _check_same(model: nn.Module, eager: Recording, found: _Unchecked) -> None:
+    """Raise CaptureError where a captured graph is not the model."""
+    if not same_computation(eager, found.recording):
+        _check_writes(model, eager, found.recording)
+        with attributes_kept(model):
+            _compare_outputs(model, found.traced.graph_module, found.inputs)
 
 
 def _check_writes(model: nn.Module, eager: Recording, graph: Recording) -> None:

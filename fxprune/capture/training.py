@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.capture.compare import Contents, same_computation, same_outputs
+from fxprune.capture.compare import Contents, same_computation, same_outputs, shared_tensors
 from fxprune.capture.eager import record_modules
 from fxprune.capture.inputs import BoundInputs
 from fxprune.capture.meta import MetaKernels
@@ -141,20 +141,21 @@ def _training(*models: nn.Module) -> Iterator[None]:
 def _differences(theirs: Recording, ours: Recording) -> str:
     """What the model does in training and its graph does not."""
     known: dict[Hashable, int] = {}
-    graph = Contents(ours, known)
+    common = shared_tensors(theirs, ours)
+    graph = Contents(ours, known, common)
     graph.result()
-    shared = len(known)
-    model = Contents(theirs, known)
+    in_graph = len(known)
+    model = Contents(theirs, known, common)
     own = {v for v in theirs.origins if theirs.values[v].name}  # and what is made of weights alone
     lost: dict[str, dict[str, None]] = defaultdict(dict)
     for k, record in enumerate(theirs.records):
         read = values_read(record)
-        rooted = all(model.of(Ref(value)) < shared for value in read - own)
+        rooted = all(model.of(Ref(value)) < in_graph for value in read - own)
         model.run(record)
         made = values_in(record.outputs)
         if read and read <= own:
             own.update(made)
-        elif rooted and any(model.of(Ref(value)) >= shared for value in made):
+        elif rooted and any(model.of(Ref(value)) >= in_graph for value in made):
             p = dropout(theirs.records[k : k + 4]) if k + 4 <= len(theirs.records) else 0.0
             what = f"dropout of {p:g}" if p else record.op._schema.name.replace("::", ".")
             lost[record.scope][what] = None

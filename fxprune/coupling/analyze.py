@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from fxprune.capture.collector import collector_paused
 from fxprune.capture.traced import TracedModel
 from fxprune.cost import CostModel, Term
 from fxprune.coupling.blocks import block_sets, distinct
@@ -29,7 +30,8 @@ def analyze(traced: TracedModel) -> DependencyGraph:
     result is kept with the capture, so asking again costs nothing.
     """
     if "dependencies" not in traced.derived:
-        traced.derived["dependencies"] = _analyze(traced)
+        with collector_paused():
+            traced.derived["dependencies"] = _analyze(traced)
     found: DependencyGraph = traced.derived["dependencies"]
     return found
 

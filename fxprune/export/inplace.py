@@ -19,7 +19,7 @@ from fxprune.export.checkpoint import slim_checkpoint
 from fxprune.planning import PruningPlan
 from fxprune.planning.provenance import check_weights
 from fxprune.rewrite.inplace import SizeChanges, shrink, size_changes, slim_state_dict
-from fxprune.verify import verify
+from fxprune.verify import first_equal, verify
 
 
 def apply_plan(
@@ -100,17 +100,17 @@ def slim_copy(
     original, or the first of all if none does. A copy without such a choice is not checked here.
     """
     eager = trace(model, example_inputs, "eager", head_dims=captured.head_dims)
-    changes = size_changes(analyze(eager), plan)
-    readings = changes.readings(model)
-    tried = []
-    for reading in readings:
+    readings = size_changes(analyze(eager), plan).readings(model)
+
+    def slim(reading: SizeChanges) -> nn.Module:
         with torch.no_grad():
-            slim = copy.deepcopy(model)
-        shrink(slim, plan, reading)
-        tried.append((slim, reading))
-        if len(readings) == 1 or verify(captured, slim, plan).ok:
-            return tried[-1]
-    return tried[0]
+            made = copy.deepcopy(model)
+        shrink(made, plan, reading)
+        return made
+
+    equal = first_equal(captured, map(slim, readings), plan) if len(readings) > 1 else None
+    chosen = readings[equal or 0]
+    return slim(chosen), chosen
 
 
 def _captured_like(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> TracedModel:

@@ -65,6 +65,8 @@ class SizeChanges:
         """
         equal: set[Attribute] = set()
         for path, module in model.named_modules():
+            if not _is_authored(module):
+                continue
             names: dict[int, list[str]] = defaultdict(list)
             for name, value in vars(module).items():
                 if type(value) is int and value in self.by_module.get(path, {}):
@@ -165,10 +167,15 @@ def _shrink_module(
     elif isinstance(module, CHANNEL_NORMS):
         width: Any = module.num_features if weight is None else len(weight)
         module.num_features = sizes.get(width, width) if weight is None else width
-    elif not type(module).__module__.startswith("torch.nn.modules."):
+    elif _is_authored(module):
         for name, value in vars(module).items():
             if type(value) is int and value in sizes and (type(module), name) not in held:
                 setattr(module, name, sizes[value])
+
+
+def _is_authored(module: nn.Module) -> bool:
+    """Whether the attributes of a module are its author's; PyTorch's own follow the weights."""
+    return not type(module).__module__.startswith("torch.nn.modules.")
 
 
 def size_changes(deps: DependencyGraph, plan: PruningPlan) -> SizeChanges:

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxprune.capture.inputs import describe
 from fxprune.capture.state import reseed, undisturbed
 from fxprune.capture.traced import TracedModel
 from fxprune.coupling import DependencyGraph, analyze
@@ -114,12 +116,38 @@ def verify(
             "the model lies on the meta device and cannot run; verify the plan of a small instance "
             "of its class, whose channels are coupled alike"
         )
+    trial = _trial(traced, slim, plan, tolerance=tolerance, double=double)
+    with undisturbed(traced.graph_module, slim):
+        return _settled(trial)
+
+
+@torch.inference_mode(mode=False)
+def first_equal(traced: TracedModel, slims: Iterable[nn.Module], plan: PruningPlan) -> int | None:
+    """The number of the first slim model that equals the masked original; None if none does.
+
+    The original runs once for all of them. See ``verify``.
+    """
+    trial = None
+    for k, slim in enumerate(slims):
+        trial = _trial(traced, slim, plan) if trial is None else replace(trial, slim=slim)
+        with undisturbed(traced.graph_module, slim):
+            if _settled(replace(trial, blames=False)).ok:
+                return k
+    return None
+
+
+def _trial(
+    traced: TracedModel,
+    slim: nn.Module,
+    plan: PruningPlan,
+    *,
+    tolerance: float | None = None,
+    double: bool = True,
+) -> "_Trial":
     deps = analyze(traced)
     alive = kept_channels(deps, plan)
     steps = channel_reads(deps, alive, plan)
-    trial = _Trial(deps, alive, steps, slim, traced.args, tolerance, plan.approximate, double)
-    with undisturbed(traced.graph_module, slim):
-        return _settled(trial)
+    return _Trial(deps, alive, steps, slim, traced.args, tolerance, plan.approximate, double)
 
 
 def _settled(trial: "_Trial") -> Verdict:
@@ -154,6 +182,8 @@ class _Trial:
     tolerance: float | None
     approximate: tuple[str, ...]
     double: bool
+    blames: bool = True  # whether a difference is traced to where it begins
+    outputs: dict[Any, Any] = field(default_factory=dict)  # of the masked original, by trial
 
     @property
     def limit(self) -> float:
@@ -171,12 +201,19 @@ class _Trial:
         compared: list[str] = []
         notes: list[str] = []
         for name, inputs in trial_inputs(self.example, double=self.double):
-            expected = self._expected(inputs, needed=not compared)
+            key = name, self.double, describe(self.example)
+            if key not in self.outputs:
+                self.outputs[key] = self._expected(inputs, needed=not compared)
+            expected = self.outputs[key]
             if expected is None:
                 continue
             found = difference(expected, self._actual(name, inputs))
             if not found.ratio <= self.limit:
-                if self.tolerance is not None or not self.double:
+                if (
+                    self.tolerance is not None
+                    or not self.double
+                    or not found.ratio <= _LARGEST_ROUNDING
+                ):
                     return self._mismatch(found, name, inputs)
                 rounding = self._rounding(inputs, expected)
                 if not found.ratio <= min(_ROUNDINGS * rounding, _LARGEST_ROUNDING):
@@ -247,6 +284,8 @@ class _Trial:
         return self._make(found, message + (f"; first: {place}" if place else ""), ok=False)
 
     def _blame(self, inputs: tuple[Any, ...]) -> str:
+        if not self.blames:
+            return ""
         runs = copied(inputs), copied(inputs)
         return first_difference(
             self.deps,
