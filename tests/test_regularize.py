@@ -406,10 +406,10 @@ def sizes_by_slots(model: nn.Module, deps: fp.DependencyGraph) -> Tensor:
                     if slot.parameter.blocks > 1:
                         block, inside = divmod(p, parameter.shape[1])
                         rows = parameter.chunk(slot.parameter.blocks)[block]
-                        total[c] += rows[:, inside].detach().square().sum()
+                        total[c] += rows[:, inside].detach().abs().square().sum()
                     else:
                         taken = parameter.detach().select(slot.parameter.axis, p)
-                        total[c] += taken.square().sum()
+                        total[c] += taken.abs().square().sum()
     return total
 
 

@@ -1,13 +1,13 @@
 """The export frontend: ``torch.export`` with the calls of the author's layers put back."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from fxprune.capture.inputs import BoundInputs
 from fxprune.capture.program import export_once, exported_program, first_line
@@ -54,6 +54,14 @@ def export_graph(
     return graph_module, replace(inputs, placeholders=tuple(builder.values))
 
 
+try:
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+except ImportError:  # not a public name; without it, exporting takes a little longer
+    _LAZY_CODE: Callable[[], Any] = contextlib.nullcontext
+else:
+    _LAZY_CODE = partial(_use_lazy_graph_module, True)
+
+
 @contextlib.contextmanager
 def _bare() -> Iterator[None]:
     """No traces of Python frames in the nodes, and no code for graphs that nobody runs.
@@ -63,7 +71,7 @@ def _bare() -> Iterator[None]:
     before = fx.config.do_not_emit_stack_traces
     fx.config.do_not_emit_stack_traces = True
     try:
-        with _use_lazy_graph_module(True):
+        with _LAZY_CODE():
             yield
     finally:
         fx.config.do_not_emit_stack_traces = before

@@ -26,8 +26,9 @@ _MOVES_ONLY = frozenset(
 
 
 def with_buffer(call: Call) -> tuple[Labels, ...]:
-    """The first result is pointwise; others are the kernel's own."""
-    return (pointwise(call)[0], *((),) * (len(call.results) - 1))
+    """Pointwise, with a buffer of the kernel as another result, which may be empty."""
+    labels = pointwise(call)[0]
+    return tuple(labels if shape == call.shapes[0] else () for shape in call.shapes)
 
 
 def pass_through(call: Call) -> tuple[Labels, ...]:

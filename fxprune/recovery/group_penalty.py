@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fxprune.coupling.graph import DependencyGraph, ParameterAxis
 from fxprune.errors import ArgumentError
+from fxprune.importance.slots import squared
 from fxprune.ops.ledger import Role
 from fxprune.recovery.regularize import at_least_single, check_strength, root
 
@@ -78,17 +79,13 @@ class DependencySparsity:
         named = dict(model.named_parameters(remove_duplicate=False))
         total: Tensor | None = None
         for axis, channels in self._axes:
-            weight = self._weight(named, axis)
+            squares = _per_position(at_least_single(self._weight(named, axis)), axis)
             if total is None:
                 # One place more, for positions that are not prunable.
-                total = weight.new_zeros(
-                    self.deps.n_channels + 1, dtype=at_least_single(weight).dtype
-                )
+                total = squares.new_zeros(self.deps.n_channels + 1)
             at = torch.where(channels < 0, self.deps.n_channels, channels)
-            at = at.clamp(max=self.deps.n_channels).to(weight.device)
-            total = total.index_add(
-                0, at, _per_position(at_least_single(weight), axis).to(total.dtype)
-            )
+            at = at.clamp(max=self.deps.n_channels).to(squares.device)
+            total = total.index_add(0, at, squares.to(total.dtype))
         assert total is not None  # a channel lies on at least one parameter axis
         return total[:-1]
 
@@ -115,7 +112,7 @@ class DependencySparsity:
 
 def _per_position(weight: Tensor, axis: ParameterAxis) -> Tensor:
     """Sum of squares at every position of an axis, in the order of ``axis.channels``."""
-    squares = weight.square()
+    squares = squared(weight)
     if axis.blocks > 1:  # each convolution group has columns of its own
         shape = (axis.blocks, squares.shape[0] // axis.blocks, squares.shape[1], -1)
         return squares.reshape(shape).sum((1, 3)).flatten()

@@ -70,20 +70,20 @@ class ComplexRotation(nn.Module):
         self.stem, self.head = nn.Linear(7, 24), nn.Linear(24, 5)
         self.q, self.k, self.v, self.out = (nn.Linear(24, 24, bias=False) for _ in range(4))
         angles = torch.arange(5.0)[:, None] * torch.rand(
-            4, generator=torch.Generator().manual_seed(0)
+            3, generator=torch.Generator().manual_seed(0)
         )
-        self.register_buffer("turn", torch.polar(torch.ones(5, 4), angles).to(torch.complex128))
+        self.register_buffer("turn", torch.polar(torch.ones(5, 3), angles).to(torch.complex128))
 
     def turned(self, x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * self.turn.view(1, 5, 1, 4)).flatten(3)
+        return torch.view_as_real(pairs * self.turn.view(1, 5, 1, 3)).flatten(3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         b, n, _ = x.shape
-        q, k, v = (f(x).view(b, n, 3, 8) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).view(b, n, 4, 6) for f in (self.q, self.k, self.v))
         q, k, v = (t.transpose(1, 2) for t in (self.turned(q), self.turned(k), v))
-        y = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) @ v
+        y = (q @ k.transpose(-2, -1) / 6**0.5).softmax(-1) @ v
         return self.head((x + self.out(y.transpose(1, 2).reshape(b, n, 24))).mean(1))
 
 
@@ -93,7 +93,7 @@ CASES = {
     "fourier_unit": Case(FourierUnit, 6),
     "complex_rotation": Case(
         ComplexRotation,
-        24 + 3,
+        24 + 4,
         tokens(),
         resizes=False,
         either=("q", "k", "v"),
