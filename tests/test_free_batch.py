@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune as fp
+from fxprune.capture import export
 from fxprune.rewrite.inplace import SizeChanges
 from tests.oracle import call, relative_error
 from tests.zoo.randomize import randomize
@@ -73,6 +74,17 @@ class Large(nn.Module):
         return self.b(y.relu() if x.shape[0] < 1000 else y.sigmoid())
 
 
+class Paired(nn.Module):
+    """Leaves out the last of an odd number of samples: a stand-in is odd, as an example may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()[: x.shape[0] // 2 * 2])
+
+
 @pytest.mark.parametrize("example", [1, 2, 3])
 def test_sizes_that_follow_the_batch_size_follow_any(example):
     model = made(Merged)
@@ -89,6 +101,22 @@ def test_a_batch_size_that_means_more_is_never_guessed(model):
     model, x = made(model), vectors(4)
     traced = fp.trace(model, x, frontend="export")
     assert relative_error(call(model, x), call(traced.graph_module, x)) == 0
+
+
+def test_a_stand_in_is_enough_for_sizes_near_its_multiples(monkeypatch):
+    def by_symbols(*args, **kwargs):
+        raise AssertionError("exported with a symbol")
+
+    monkeypatch.setattr(export, "exported_program", by_symbols)
+    assert fp.trace(made(Merged), vectors(3), frontend="export").frontend == "export"
+
+
+def test_a_graph_that_is_right_for_the_example_alone_is_not_taken():
+    model = made(Paired)
+    traced = fp.trace(model, vectors(3), frontend="export")
+    for batch in (3, 4, 5, 6):
+        x = vectors(batch)
+        assert relative_error(call(model, x), call(traced.graph_module, x)) == 0
 
 
 def test_a_loop_over_the_samples_is_not_run_for_the_stand_in():
