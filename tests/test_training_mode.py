@@ -92,7 +92,7 @@ class PlainAttention(Tokens):
 
 class Branch(Tokens):
     def after(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.3) if self.training else x
+        return F.dropout(x) if self.training else x  # by a half
 
 
 class Depth(Tokens):
