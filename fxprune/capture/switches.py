@@ -253,8 +253,7 @@ def dropout(chain: Sequence[Record]) -> float:
     noise = like.outputs[0]
     if draw.args[0] != noise or scale.args[0] != noise or product.args[1] != noise:
         return 0.0
-    given = dict(enumerate(draw.args))
-    keep: float = given.get(1, draw.op._schema.arguments[1].default_value)  # a half is not noted
+    keep: float = draw.args[1] if len(draw.args) > 1 else 0.5  # its default is not recorded
     p = round(1 - keep, 12)  # as it was written, if that gives the same probability to keep
     return p if 1 - p == keep else 1 - keep
 
