@@ -533,6 +533,8 @@ def _pointwise() -> list[Sample]:
         S(add, "parameter meets untracked", "", U(2, 7), P(7)),
         S(add, "two parameters", "a0 a1 b0 b1", P(7, 5), P(7, 5)),
         S(add, "two joint factors", "a0 a1 a2", heads, heads),
+        S(add, "joint factors of two tensors", "a0 a1 a2 b0 b1 b2", heads,
+          do(aten.view.default, X(2, 12, 5), [2, 3, 4, 5])),
         S(mul, "a scale per block of a joint factor", "a0 a1 a2 b0", heads, P(3, 1, 1)),
         S(mul, "a scale per place in a block", "a0 a1 a2 b0", heads, P(4, 1)),
         S(aten.add_.Tensor, "in place", "a0 a1 a2 b0 b1 b2", x, X(2, 7, 5)),

@@ -246,6 +246,7 @@ WRONG_ROWS = [
     ("transpose.int: joint factor", relabelled("transpose", _rows_shifted)),
     ("unflatten.int: channels", relabelled("unflatten", _rows_shifted)),
     ("clone: joint factor", relabelled("clone", _dropped)),
+    ("add.Tensor: joint factors of two tensors", forgetting("add", "pairs")),
     ("sum.dim_IntList: inside blocks of a joint factor", forgetting("sum", "reads")),
 ]
 
