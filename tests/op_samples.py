@@ -244,7 +244,7 @@ def _positional() -> list[Sample]:
 def _written() -> list[Sample]:
     x, y = X(6, 7), X(4, 7)
     rows, each = U(4, data=below(6)), U(4, 1, data=below(6))
-    index = do(aten.expand.default, each, [4, 7])
+    index, put = do(aten.expand.default, each, [4, 7]), aten.index_put.default
     return [
         S(aten.index_add.default, "rows", "a1 c1", x, 0, rows, y),
         S(aten.index_copy.default, "rows", "a1 c1", x, 0, C([5, 0, 2, 3]), y),
@@ -257,6 +257,13 @@ def _written() -> list[Sample]:
         S(aten.scatter_add.default, "first columns alone", "", x, 0,
           do(aten.expand.default, each, [4, 3]), y),
         S(aten.index_add_.default, "in place", "a1 c1", x, 0, rows, y),
+        S(put, "rows", "a1 c1", x, [rows], y),
+        S(put, "columns, from the end", "a0", X(6, 7), [None, U(3, data=below(7))], U(3)),
+        S(put, "one row for all", "a1 c0", x, [rows], X(7)),
+        S(put, "columns that are channels", "a0 c0", X(6, 7), [None, U(3, data=below(7))], X(6, 3)),
+        S(put, "single entries", "", x, [rows, U(4, data=below(7))], U(4)),
+        S(aten.index_put_.default, "in place, added", "a1 a2 c1 c2", X(6, 7, 5), [rows],
+          X(4, 7, 5), True),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fxprune.ops.call import FIXED_AXIS, Call, Operand
+from fxprune.ops.call import FIXED_AXIS, UNKNOWN_INDEX, Call, Operand
 from fxprune.ops.labels import Labels
 from fxprune.ops.pointwise import aligned
 
@@ -30,7 +30,25 @@ def scatter(call: Call) -> tuple[Labels, ...]:
     return (aligned(call, [x, *written], x.shape, whole),)
 
 
+def index_put(call: Call) -> tuple[Labels, ...]:
+    """``x[:, index] = values``: positions along one axis are written to, the others pass."""
+    x, values = call["self"], call["values"]
+    picked = {k: index for k, index in enumerate(call["indices"]) if index is not None}
+    if len(picked) != 1 or any(len(index.shape) != 1 for index in picked.values()):
+        call.freeze_operands(*UNKNOWN_INDEX)
+        return ((),)
+    ((dim, index),) = picked.items()
+    index.confined(set())
+    for operand, axis in ((x, dim), (values, dim + len(values.shape) - len(x.shape))):
+        if (labels := operand.axes().get(axis)) is not None:
+            call.freeze(labels, *FIXED_AXIS)
+    return (aligned(call, [x, values], x.shape, set(range(len(x.shape))) - {dim}),)
+
+
 RULES: dict[str, Rule] = {
-    f"aten::{name}": scatter
-    for name in ("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy")
+    "aten::index_put": index_put,
+    **{
+        f"aten::{name}": scatter
+        for name in ("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy")
+    },
 }
