@@ -489,6 +489,27 @@ def test_weights_that_two_places_share_are_left_and_reported() -> None:
     assert "not reconstructed: b" in done.report()
 
 
+class Bilinear(nn.Module):
+    """A layer that least squares does not know, between two that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 6), nn.Linear(5, 7)
+        self.meet, self.last = nn.Bilinear(6, 7, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.meet(self.left(x).relu(), self.right(x).relu()).relu())
+
+
+def test_layers_of_kinds_that_are_not_fitted_are_named() -> None:
+    x = torch.randn(60, 5, dtype=D)
+    done = fp.reconstruct(fp.prune(randomize(Bilinear().to(D), 4), x[:2], ratios=0.5), x)
+    found = done.reconstruction
+    assert [f.layer for f in found.fits] == ["last"]
+    assert found.skipped == (("meet", "it is no convolution, linear layer or batch norm"),)
+    assert "not reconstructed: meet: it is no convolution" in found.report()
+
+
 def test_a_slim_model_that_is_reconstructed_can_be_saved_and_loaded(tmp_path: Path) -> None:
     model, x = two_layers()
     result = fitted(model, x)

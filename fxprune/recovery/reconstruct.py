@@ -8,7 +8,7 @@ Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, arXiv:170
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from fxprune.capture.state import undisturbed
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import TracedModel
 from fxprune.errors import ArgumentError, NonFiniteError
+from fxprune.ops.ledger import Role
 from fxprune.planning.plan import PruningPlan
 from fxprune.recovery.layers import FITTED, MOST_UNKNOWNS, NORMS, Layer, RandomPositions
 from fxprune.recovery.moments import Moments
@@ -62,7 +63,7 @@ class Reconstruction:
 
     Attributes:
         fits: every fitted layer, in the order of the graph.
-        skipped: layers that drift and were not fitted, with the reason.
+        skipped: layers that drift, or read less than before, and were not fitted, with the reason.
         worth: what the samples are worth, beside what the model remembers of its training.
     """
 
@@ -120,10 +121,21 @@ def reconstruct_model(
     inputs = collect(batches, traced.graph_module, traced.args)
     fitted = duplicate(slim)
     with undisturbed(traced.graph_module, fitted):
-        found = Fitter(Pair(traced, plan, fitted, inputs), ridge, draft=draft).run()
+        pair = Pair(traced, plan, fitted, inputs)
+        found = Fitter(pair, ridge, draft=draft).run()
+    found = replace(found, skipped=(*found.skipped, *_of_other_kinds(plan, pair)))
     if draft:
         return fitted, found
     return fitted, judged(found, traced, inputs)
+
+
+def _of_other_kinds(plan: PruningPlan, pair: Pair) -> Iterator[tuple[str, str]]:
+    """Layers behind removed channels that least squares does not know, such as recurrent ones."""
+    known = {pair.names[n] for n, module in pair.modules.items() if isinstance(module, FITTED)}
+    read = (a.name for a in plan.axes if a.role == Role.CONSUMER and len(a.kept) < a.size)
+    for name in dict.fromkeys(name.rpartition(".")[0] or name for name in read):
+        if name not in known:
+            yield name, "it is no convolution, linear layer or batch norm"
 
 
 def judged(done: Reconstruction, traced: TracedModel, inputs: list[Inputs]) -> Reconstruction:
