@@ -22,6 +22,14 @@ def vectors(batch: int) -> Tensor:
     return torch.randn(batch, 6, 8, generator=torch.Generator().manual_seed(batch)).double()
 
 
+class Two(nn.Module):
+    """Two layers, and what a subclass does with the batch between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
+
+
 class Merged(nn.Module):
     """Sizes that are multiples of the batch size, more than it, and less than nothing."""
 
@@ -38,12 +46,8 @@ class Merged(nn.Module):
         return self.b((y.view(n, steps, 10) + bias[:, None]).relu()) * scale / n
 
 
-class Halved(nn.Module):
+class Halved(Two):
     """Half of the batch goes another way: a size that no multiple of the stand-in shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         half = x.shape[0] // 2
@@ -51,35 +55,23 @@ class Halved(nn.Module):
         return self.b(torch.cat([y[:half] * 2, y[half:]]))
 
 
-class OneByOne(nn.Module):
+class OneByOne(Two):
     """A Python loop over the samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([self.b(self.a(x[k]).relu()) for k in range(x.shape[0])])
 
 
-class Large(nn.Module):
+class Large(Two):
     """Another function of large batches than of small ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
         return self.b(y.relu() if x.shape[0] < 1000 else y.sigmoid())
 
 
-class Paired(nn.Module):
+class Paired(Two):
     """Leaves out the last of an odd number of samples: a stand-in is odd, as an example may be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x).relu()[: x.shape[0] // 2 * 2])
@@ -126,12 +118,8 @@ def test_a_loop_over_the_samples_is_not_run_for_the_stand_in():
     assert relative_error(call(model, x), call(traced.graph_module, x)) == 0
 
 
-class Writes(nn.Module):
+class Writes(Two):
     """Writes to views whose base is read, numbers written to slices, and constants of the code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
@@ -141,12 +129,8 @@ class Writes(nn.Module):
         return self.b(y + mask / torch.tensor(4.0).sqrt().to(x))
 
 
-class LostWrite(nn.Module):
+class LostWrite(Two):
     """Symbolic tracing makes a new tensor of ``view += 1``; the base never sees it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 10), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)

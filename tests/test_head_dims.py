@@ -341,22 +341,30 @@ class Stacked(nn.Module):
         return self.head(x + torch.einsum("bhtk,hkd->btd", y, self.out))
 
 
+Halved = tuple[fp.DependencyGraph, nn.Module, list[int]]
+
+
+def halved(model: nn.Module, x: Tensor, frontend: str, head_dims: bool) -> Halved:
+    """The graph, the slim model without half of what is not the stream, and what is gone."""
+    traced = fp.trace(model, x, frontend, head_dims=head_dims)
+    deps = fp.analyze(traced)
+    (group,) = (g for g in deps.groups if g.width != WIDTH)
+    plan = fp.plan(deps, fp.Random(seed=2)(deps), ratios={group.name: 0.5})
+    (kept,) = (g.kept for g in plan.groups if g.name == group.name)
+    slim = fp.rewrite(traced, plan)
+    assert fp.verify(traced, slim, plan).ok
+    assert plan.reached["macs"] == macs(slim, x)
+    return deps, slim, sorted(set(range(group.width)) - set(kept))
+
+
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 @pytest.mark.parametrize("head_dims", [False, True])
 def test_whole_experts_go_or_all_become_narrower(frontend: str, head_dims: bool) -> None:
     model, x = randomize(Experts().double(), 5).eval(), tokens()
-    traced = fp.trace(model, x, frontend, head_dims=head_dims)
-    deps = fp.analyze(traced)
+    deps, slim, gone = halved(model, x, frontend, head_dims)
     assert sorted(g.width for g in deps.groups) == sorted((WIDTH, 10 if head_dims else 4))
-    name = next(g.name for g in deps.groups if g.width != WIDTH)
-    plan = fp.plan(deps, fp.Random(seed=2)(deps), ratios={name: 0.5})
-    (kept,) = (g.kept for g in plan.groups if g.name == name)
-    slim = fp.rewrite(traced, plan)
     assert slim.up.shape == ((4, WIDTH, 5) if head_dims else (2, WIDTH, 10))
-    assert fp.verify(traced, slim, plan).ok
-    assert plan.reached["macs"] == macs(slim, x)
     masked = copy.deepcopy(model)
-    gone = sorted(set(range(10 if head_dims else 4)) - set(kept))
     with torch.no_grad():
         masked.down[(slice(None), gone) if head_dims else gone] = 0
     assert_same_function(slim, masked, tokens(3, seed=1) if frontend == "symbolic" else x)
@@ -366,18 +374,11 @@ def test_whole_experts_go_or_all_become_narrower(frontend: str, head_dims: bool)
 @pytest.mark.parametrize("head_dims", [False, True])
 def test_heads_of_stacked_projections_go_or_become_narrower(frontend: str, head_dims: bool) -> None:
     model, x = randomize(Stacked().double(), 5).eval(), tokens()
-    traced = fp.trace(model, x, frontend, head_dims=head_dims)
-    deps = fp.analyze(traced)
+    deps, slim, gone = halved(model, x, frontend, head_dims)
     (group,) = (g for g in deps.groups if g.width != WIDTH)
     assert group.width == (DIM if head_dims else HEADS)
-    plan = fp.plan(deps, fp.Random(seed=2)(deps), ratios={group.name: 0.5})
-    (kept,) = (g.kept for g in plan.groups if g.name == group.name)
-    slim = fp.rewrite(traced, plan)
     assert slim.out.shape == ((HEADS, 3, WIDTH) if head_dims else (1, DIM, WIDTH))
-    assert fp.verify(traced, slim, plan).ok
-    assert plan.reached["macs"] == macs(slim, x)
     masked = copy.deepcopy(model)
-    gone = sorted(set(range(group.width)) - set(kept))
     with torch.no_grad():
         masked.qkv[(..., gone) if head_dims else (..., gone, slice(None))] = 0
     assert_same_function(slim, masked, tokens(3, seed=1) if frontend == "symbolic" else x)

@@ -131,7 +131,7 @@ class Contents:
 
     def run(self, record: Record) -> None:
         """Number what one operator makes, the next one in order."""
-        key = self.key(record)
+        key = self._key(record)
         if torch.Tag.nondeterministic_seeded in record.op.tags:
             self._drawn[key] += 1  # random numbers: drawn anew by each call
             key = key, self._drawn[key]
@@ -161,7 +161,7 @@ class Contents:
             before = self.of(Ref(other)), self._place.get(other, 0)
             self._content[other] = self._number(("written", before, place, content))
 
-    def key(self, record: Record) -> Hashable:
+    def _key(self, record: Record) -> Hashable:
         """What the operator computes; a number where its result is its operand."""
         name, overload = _name(record.op)
         if self._is_same(record):

@@ -74,16 +74,26 @@ def _refill(container: Content, content: Content) -> None:
 @contextlib.contextmanager
 def undisturbed(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, random numbers apart; everything as before at the end."""
+    with (
+        in_mode(*models, training=False),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=_devices()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def in_mode(*models: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or in evaluation mode; at the end in its own again."""
     modules = {id(m): m for model in models for m in model.modules()}
     saved = [(m, m.training) for m in modules.values()]
     try:
         for m, _ in saved:
-            m.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices()):
-            yield
-    finally:
-        for m, training in saved:
             m.training = training
+        yield
+    finally:
+        for m, before in saved:
+            m.training = before
 
 
 def reseed() -> None:

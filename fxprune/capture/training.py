@@ -20,7 +20,7 @@ from fxprune.capture.eager import record_modules
 from fxprune.capture.inputs import BoundInputs
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.record import Named, Recording, record_graph, tree_leaves
-from fxprune.capture.state import attributes_kept, reseed
+from fxprune.capture.state import attributes_kept, in_mode, reseed
 from fxprune.capture.switches import dropout, put_back, values_in, values_read
 from fxprune.capture.traced import Ref
 
@@ -67,7 +67,7 @@ def follow_training(
         held: the graph's parameters and buffers.
         kernels: as for recording.
     """
-    with _training(model, graph_module):
+    with in_mode(model, graph_module, training=True):
         try:
             theirs, kernels = _record(model, inputs, named, kernels)
             ours = record_graph(graph_module, placeholders, held, kernels)
@@ -123,19 +123,6 @@ _NOT_KNOWN = (
     "whether the graph does in training what the model does is not known, since it does not run in "
     "training mode on the example inputs"
 )
-
-
-@contextlib.contextmanager
-def _training(*models: nn.Module) -> Iterator[None]:
-    modules = {id(m): m for model in models for m in model.modules()}
-    saved = [(m, m.training) for m in modules.values()]
-    try:
-        for m, _ in saved:
-            m.training = True
-        yield
-    finally:
-        for m, training in saved:
-            m.training = training
 
 
 def _differences(theirs: Recording, ours: Recording) -> str:
