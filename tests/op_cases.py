@@ -228,7 +228,7 @@ def summed(traced: TracedModel, record: Record) -> tuple[str, int] | None:
 
 def _read(traced: TracedModel, ledger: Ledger, class_of: np.ndarray) -> Iterator[np.ndarray]:
     """Classes that operators have declared to read: summed factors of products, and statistics."""
-    for read in ledger.reads:
+    for read in (*ledger.reads, *ledger.spreads):
         yield class_of[read.labels].ravel()
     for contraction in ledger.contractions:
         record = traced.records[contraction.record]
@@ -292,6 +292,11 @@ def with_values(tree: Any, values: Values) -> Any:
 def arguments_of(record: Record) -> Arguments:
     """The given arguments by name."""
     return {**dict(zip(_names(record.op), record.args, strict=False)), **record.kwargs}
+
+
+def argument_of(record: Record, value: int) -> str:
+    """Name of the argument that is this value."""
+    return next(name for name, a in arguments_of(record).items() if a == Ref(value))
 
 
 def execute(case: Case, op: torch._ops.OpOverload, arguments: Arguments) -> tuple[Any, ...]:

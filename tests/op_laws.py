@@ -23,6 +23,7 @@ from fxprune.ops.call import base_name
 from tests.op_cases import (
     Arguments,
     Case,
+    argument_of,
     arguments_of,
     execute,
     run,
@@ -249,7 +250,16 @@ def _hidden(
     place = summed(slim.case.traced, record)
     if place is not None:
         name, axis = place
-        yield name, values[name].masked_fill(~slim.mask(refs[name].id, axis), 0)
+        hidden = values[name].masked_fill(~slim.mask(refs[name].id, axis), 0)
+        values = {**values, name: hidden}
+        yield name, hidden
+    for spread in slim.case.ledger.spreads:
+        if spread.record == index:
+            name = argument_of(slim.case.traced.records[index], spread.value)
+            hidden = _zeroed(values[name], spread.axis, slim.of(spread.labels))
+            values = {**values, name: hidden}
+            yield name, hidden
+    if place is not None:
         return
     for read in slim.case.ledger.reads:
         if read.record == index:

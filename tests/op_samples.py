@@ -37,47 +37,55 @@ def _convolutions() -> list[Sample]:
     turned = {"transposed": True}
     same = [1], [1], [1]
     return [
-        conv("1d", "a0 a1 b0 b1 c0", X(2, 7, 13), P(11, 7, 3), P(11)),
-        conv("2d, strided", "a0 a1 b0 b1",
+        conv("1d", "a0 a1 a2 b0 b1 c0", X(2, 7, 13), P(11, 7, 3), P(11)),
+        conv("2d, strided", "a0 a1 a2 a3 b0 b1",
              X(2, 7, 8, 9), P(11, 7, 3, 3), None, spatial=2, stride=2),
-        conv("3d", "a1 b0 b1 c0", X(1, 5, 3, 4, 6), P(3, 5, 2, 2, 2), P(3), spatial=3),
-        conv("1x1 to one channel", "a0 a1 b1", X(2, 7, 13), P(1, 7, 1), P(1)),
-        conv("from one channel", "a0 b0 c0", X(2, 1, 13), P(5, 1, 3), P(5)),
+        conv("3d", "a1 a2 a3 a4 b0 b1 c0", X(1, 5, 3, 4, 6), P(3, 5, 2, 2, 2), P(3), spatial=3),
+        conv("1x1 to one channel", "a0 a1 a2 b1", X(2, 7, 13), P(1, 7, 1), P(1)),
+        conv("from one channel", "a0 a2 b0 c0", X(2, 1, 13), P(5, 1, 3), P(5)),
+        conv("along channels", "a0 a2 b0", X(2, 1, 13), P(5, 1, 3), padding=1),
+        conv("along channels, two windows", "a0 a2 b0", X(2, 1, 13), P(5, 1, 5), stride=5),
+        conv("along channels, even window", "a0 a2 b0", X(2, 1, 13), P(5, 1, 4), padding=2),
+        conv("along channels, padded widely", "a0 a2 b0", X(2, 1, 13), P(5, 1, 3), padding=2),
+        conv("along channels, all of them", "a0 a2 b0", X(2, 1, 13), P(5, 1, 13)),
+        conv("along two channel axes", "a0 a2 a3",
+             X(2, 1, 7, 9), P(1, 1, 3, 3), None, spatial=2, padding=1),
         conv("reads the network's input", "b0 c0", U(2, 3, 13), P(5, 3, 3), P(5)),
-        conv("kernel made of parameters", "a0 a1 b0 b1 c0 d0", X(2, 7, 13), scaled, P(11)),
-        conv("centred kernel, grouped", "a0 a1 b0 b1", X(2, 6, 13), centred, groups=2),
-        conv("kernel that another layer makes", "a1 b0 b1", X(1, 7, 13), X(11, 7, 3)),
+        conv("kernel made of parameters", "a0 a1 a2 b0 b1 c0 d0", X(2, 7, 13), scaled, P(11)),
+        conv("centred kernel, grouped", "a0 a1 a2 b0 b1", X(2, 6, 13), centred, groups=2),
+        conv("kernel that another layer makes", "a1 a2 b0 b1", X(1, 7, 13), X(11, 7, 3)),
         conv("kernel and input from the outside", "", U(1, 7, 13), U(11, 7, 3)),
         conv("parameter as input", "b0 c0", P(1, 7, 13), P(11, 7, 3), P(11)),
-        conv("transposed", "a0 a1 b0 b1 c0", X(2, 7, 5), P(7, 11, 3), P(11), stride=2, **turned),
-        conv("transposed 2d", "a0 a1 b0 b1", X(2, 7, 4, 5), P(7, 3, 2, 3), spatial=2, **turned),
-        conv("grouped", "a0 a1 b0 b1 c0", X(2, 6, 13), P(8, 3, 3), P(8), groups=2),
-        conv("grouped, four", "a0 a1 b0 b1 c0", X(2, 8, 7), P(12, 2, 3), P(12), groups=4),
+        conv("transposed", "a0 a1 a2 b0 b1 c0", X(2, 7, 5), P(7, 11, 3), P(11), stride=2, **turned),
+        conv("transposed 2d", "a0 a1 a2 a3 b0 b1",
+             X(2, 7, 4, 5), P(7, 3, 2, 3), spatial=2, **turned),
+        conv("grouped", "a0 a1 a2 b0 b1 c0", X(2, 6, 13), P(8, 3, 3), P(8), groups=2),
+        conv("grouped, four", "a0 a1 a2 b0 b1 c0", X(2, 8, 7), P(12, 2, 3), P(12), groups=4),
         conv("grouped, input untracked", "b0 c0", U(2, 6, 13), P(8, 3, 3), P(8), groups=2),
-        conv("grouped, kernel made of parameters", "a0 a1 b0 b1 c0 c1",
+        conv("grouped, kernel made of parameters", "a0 a1 a2 b0 b1 c0 c1",
              X(2, 6, 7), squared, groups=3),
-        conv("grouped and transposed", "a0 a1 b0 b1 c0",
+        conv("grouped and transposed", "a0 a1 a2 b0 b1 c0",
              X(2, 6, 5), P(6, 5, 3), P(10), groups=2, **turned),
-        conv("grouped twice", "a1 b0 b1 c0 c1",
+        conv("grouped twice", "a1 a2 b0 b1 c0 c1",
              do(aten.convolution.default, X(1, 6, 9), P(8, 3, 3), None, *same, False, [0], 2),
              P(4, 4, 1), groups=2),
-        conv("depthwise", "a0 a1 b0 c0", X(2, 7, 13), P(7, 1, 3), P(7), groups=7, padding=1),
-        conv("depthwise 2d", "a0 a1 b0", X(2, 5, 6, 7), P(5, 1, 3, 3), spatial=2, groups=5),
-        conv("depthwise, times three", "a0 a1 b0 c0", X(2, 5, 13), P(15, 1, 3), P(15), groups=5),
+        conv("depthwise", "a0 a1 a2 b0 c0", X(2, 7, 13), P(7, 1, 3), P(7), groups=7, padding=1),
+        conv("depthwise 2d", "a0 a1 a2 a3 b0", X(2, 5, 6, 7), P(5, 1, 3, 3), spatial=2, groups=5),
+        conv("depthwise, times three", "a0 a1 a2 b0 c0", X(2, 5, 13), P(15, 1, 3), P(15), groups=5),
         conv("depthwise, input untracked", "", U(2, 5, 13), P(10, 1, 3), groups=5),
-        conv("depthwise, kernel made of parameters", "a0 a1 b0 c0",
+        conv("depthwise, kernel made of parameters", "a0 a1 a2 b0 c0",
              X(2, 7, 9), do(aten.mul.Tensor, P(7, 1, 3), P(7, 1, 1)), groups=7),
-        conv("three inputs per group, one output", "a0 a1 b0 c0",
+        conv("three inputs per group, one output", "a0 a1 a2 b0 c0",
              X(2, 12, 7), P(4, 3, 3), P(4), groups=4),
-        conv("one input per group, transposed", "a0 a1 b0 c0",
+        conv("one input per group, transposed", "a0 a1 a2 b0 c0",
              X(2, 5, 7), P(5, 3, 3), P(15), groups=5, **turned),
-        conv("three inputs per group, transposed", "a0 a1 b0 c0",
+        conv("three inputs per group, transposed", "a0 a1 a2 b0 c0",
              X(2, 6, 7), P(6, 1, 3), P(2), groups=2, **turned),
-        conv("depthwise, transposed", "a0 a1 b0 c0",
+        conv("depthwise, transposed", "a0 a1 a2 b0 c0",
              X(2, 5, 7), P(5, 1, 3), P(5), groups=5, **turned),
-        S(old, "dense", "a0 a1 b0 b1 c0",
+        S(old, "dense", "a0 a1 a2 b0 b1 c0",
           X(2, 7, 9), P(11, 7, 3), P(11), [1], [0], [1], False, [0], 1, False, False, True, True),
-        S(old, "grouped", "a0 a1 b0 b1",
+        S(old, "grouped", "a0 a1 a2 b0 b1",
           X(2, 6, 9), P(4, 3, 3), None, [1], [0], [1], False, [0], 2, False, False, True, True),
     ]
 
@@ -282,11 +290,11 @@ def _complex_numbers() -> list[Sample]:
         S(aten.view_as_complex.default, "nothing but pairs", "a0 a1", X(3, 5, 2)),
         S(aten.complex.default, "two activations", "a0 a1 a2 b0 b1 b2", x, X(2, 7, 6)),
         S(aten.polar.default, "angles for all channels", "a0 a1 a2 b0", x, P(6)),
-        S(forth, "last axis", "a0 a1", x, [2], 0, True),
-        S(forth, "two axes, whole spectrum", "a1", x, [0, 2], 1, False),
-        S(back, "last axis", "a0 a1", z, [2], 0, 10),
-        S(back, "two axes", "a0", z, [1, 2], 2, 11),
-        S(there, "channels", "a0 a2", z, [1], 0, True),
+        S(forth, "last axis", "a0 a1 a2", x, [2], 0, True),
+        S(forth, "two axes, whole spectrum", "a0 a1 a2", x, [0, 2], 1, False),
+        S(back, "last axis", "a0 a1 a2", z, [2], 0, 10),
+        S(back, "two axes", "a0 a1 a2", z, [1, 2], 2, 11),
+        S(there, "channels", "a0 a1 a2", z, [1], 0, True),
     ]
 
 
@@ -307,13 +315,14 @@ def _mixing() -> list[Sample]:
         S(op, name, free, x, *arguments)
         for name, free, dim in (("channels", "a0 a2", 1), ("last axis", "a0 a1", -1))
         for op, *arguments in (
-            (aten.cumsum.default, dim),
             (aten.cumprod.default, dim),
             (aten.sort.default, dim),
         )
     ]
     return [
         *samples,
+        S(aten.cumsum.default, "channels", "a0 a1 a2", x, 1),
+        S(aten.cumsum.default, "weights", "a1", P(7, 5), 0),
         S(aten.cumsum_.default, "in place", "a0 a2", X(2, 7, 5), 1),
         S(aten.sort.stable, "channels", "a0 a2", x, stable=True, dim=1, descending=True),
         *(
@@ -390,10 +399,20 @@ def _spatial() -> list[Sample]:
     sample2, sample3 = aten.grid_sampler_2d.default, aten.grid_sampler_3d.default
     return [
         *(
-            S(op.default, "all axes labelled", "a1" if x is volume else "a0 a1", x, *arguments)
-            for op, x, arguments in by_size
+            S(op.default, "all axes labelled", leading if "max_pool" in str(op) else every,
+              x, *arguments)
+            for x, leading, every in (
+                (line, "a0 a1", "a0 a1 a2"),
+                (image, "a0 a1", "a0 a1 a2 a3"),
+                (volume, "a1", "a1 a2 a3 a4"),
+            )
+            for op, by, arguments in by_size
+            if by is x
         ),
         S(aten.max_pool2d.default, "channels", "a1", sites, [2, 2]),
+        S(aten.avg_pool1d.default, "of neighbours", "a0 a1 a2", line, [3], [1], [1]),
+        S(aten.avg_pool3d.default, "of neighbours in pairs", "a1 a2 a3 a4", volume,
+          [2, 1, 1], [1, 1, 1]),
         S(aten.avg_pool2d.default, "no batch", "a0", X(5, 4, 6, axes=(0,)), [2, 2]),
         S(aten.avg_pool2d.default, "joint factor", "a0",
           do(aten.view.default, X(12, 4, 6, axes=(0,)), [3, 4, 4, 6]), [2, 2]),

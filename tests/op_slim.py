@@ -10,7 +10,17 @@ import torch
 
 from fxprune.capture.traced import Record, Ref
 from fxprune.ops.call import base_name
-from tests.op_cases import Arguments, Case, Values, arguments_of, execute, store, with_values
+from fxprune.ops.ledger import Spread
+from tests.op_cases import (
+    Arguments,
+    Case,
+    Values,
+    argument_of,
+    arguments_of,
+    execute,
+    store,
+    with_values,
+)
 
 aten = torch.ops.aten
 
@@ -113,11 +123,27 @@ def run_slim(slim: Slim, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     for index, record in enumerate(case.traced.records):
         if index in needed:
             op, arguments = new_sizes(slim, index)
-            store(record, execute(case, op, with_values(arguments, values)), values)
+            given = with_values(arguments, values)
+            spreads = [s for s in case.ledger.spreads if s.record == index]
+            for spread in spreads:
+                name = argument_of(record, spread.value)
+                given[name] = _spread_out(slim, given[name], spread)
+            outputs = execute(case, op, given)
+            for spread in spreads:
+                kept = indices(slim.axis(record.outputs[0].id, spread.axis))
+                outputs = (outputs[0].index_select(spread.axis, kept),)
+            store(record, outputs, values)
         for ref in record.outputs:
             if ref is not None and ref.id in wanted and _is_gathered(slim, ref.id):
                 values[ref.id] = _gathered(slim, values, ref.id)
     return [values[v] for v in case.results]
+
+
+def _spread_out(slim: Slim, tensor: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """A tensor of the full width, zero where positions are gone."""
+    kept = slim.of(spread.labels)
+    shape = [*tensor.shape[: spread.axis], kept.size, *tensor.shape[spread.axis + 1 :]]
+    return tensor.new_zeros(shape).index_copy(spread.axis, indices(kept), tensor)
 
 
 def _is_gathered(slim: Slim, value: int) -> bool:

@@ -52,7 +52,7 @@ def measured(model: nn.Module, inputs: Any) -> int:
 # Kernels that the recorded run does not use: eager PyTorch fuses attention and recurrent cells.
 FUSED = {name for name in ZOO if any(w in name for w in ("attention", "lstm", "gru", "rnn"))}
 # One node runs Python code there, whose variables live on after their last use.
-VARIABLES = {"elman", "local_response"}
+VARIABLES = {"elman", "local_response", "local_response_layer"}
 COUNTED = sorted(
     name
     for name in ZOO.keys() - FUSED - VARIABLES

@@ -17,13 +17,18 @@ class PeakMemory:
     Attributes:
         tensors: one term per piece of memory: its bytes.
         held: [moments, pieces of memory], 1 where a piece is in use at a moment.
+        original: bytes at the peak while all channels are kept, where slim models hold more than
+            parts of that: copies of what an operator needs at full width.
     """
 
     tensors: CostModel
     held: sparse.csr_array
+    original: int | None = None
 
     def total(self, alive: BoolArray | None = None) -> int:
         """Bytes at the peak."""
+        if self.original is not None and (alive is None or bool(np.all(alive))):
+            return self.original
         return int(np.rint(self._over_time(alive).max(initial=0.0)))
 
     def marginal(self, alive: BoolArray | None = None) -> FloatArray:

@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from fxprune.capture.record import return_aliases, tree_leaves, written_arguments
 from fxprune.capture.traced import Record, Ref, TracedModel
+from fxprune.coupling.full_width import calls_at_full_width
 from fxprune.errors import Refusal
 from fxprune.ops.call import JOINT, Call, Operand, base_name, schema_arguments
+from fxprune.ops.labels import IntArray
 from fxprune.ops.ledger import Ledger, SizedUse
 from fxprune.ops.movement import VIEWS
 from fxprune.ops.registry import rule_for
@@ -172,7 +175,8 @@ def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) 
     arguments: dict[str, Any] = {}
     results = tuple(None if r is None else r.id for r in record.outputs)
     shapes = tuple(() if r is None else traced.values[r].shape for r in results)
-    call = Call(index, base_name(record.op), record.node, arguments, results, shapes, ledger)
+    name, in_place = base_name(record.op), record.op._schema.is_mutable
+    call = Call(index, name, record.node, arguments, results, shapes, ledger, in_place)
     for position, (name, default) in enumerate(schema_arguments(record.op)):
         if position < len(record.args):
             arguments[name] = _operand(traced, call, record.args[position])
@@ -239,9 +243,13 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
         for ref in torch.utils._pytree.tree_leaves(result)
         if isinstance(ref, Ref)
     }
+    ledger.full_width = calls_at_full_width(traced, ledger)
     for use in ledger.sized:
         record = traced.records[use.record]
-        if not can_resize(traced.graph_module, nodes[record.node]):
+        if not (
+            can_resize(traced.graph_module, nodes[record.node])
+            or _stays(ledger, record.node, use.labels)
+        ):
             results = [r.id for r in record.outputs if r is not None]
             if not all(r in ledger.gathers and r in visible for r in results):
                 ledger.freeze(use.labels, _refusal(record.node, record.op, OPAQUE))
@@ -249,7 +257,17 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
         if result not in visible or gather.source not in visible:
             for factor in ledger.values.get(result, ()):
                 ledger.freeze(factor.labels, _refusal("(inside a call)", None, OPAQUE))
+    for spread in ledger.spreads:
+        record = traced.records[spread.record]
+        if record.node not in ledger.full_width:
+            ledger.freeze(spread.labels, _refusal(record.node, record.op, OPAQUE))
     _refuse_opaque_modules(traced, ledger, nodes)
+
+
+def _stays(ledger: Ledger, node: str, labels: IntArray) -> bool:
+    """Whether a call gets an axis with these labels at full width."""
+    call = ledger.full_width.get(node)
+    return call is not None and bool(np.isin(labels, call.labels).any())
 
 
 def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
@@ -266,6 +284,9 @@ def _refuse_new_operators(traced: TracedModel, ledger: Ledger) -> None:
         source = (f for f in ledger.values.get(gather.source, ()) if gather.axis in f.axes)
         for factor in (*ledger.values.get(result, ()), *source):
             ledger.freeze(factor.labels, _refusal("forward", None, NO_GRAPH))
+    for spread in ledger.spreads:
+        record = traced.records[spread.record]
+        ledger.freeze(spread.labels, _refusal(record.scope or record.node, record.op, NO_GRAPH))
     for (name, _), axis in ledger.parameters.items():
         owner = traced.graph_module.get_submodule(name.rpartition(".")[0])
         if type(owner).__module__.startswith("torch.nn.modules.") and (

@@ -5,7 +5,8 @@ graph, readers are nodes: what a module is called with is held while it runs. Vi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fxprune.capture.record import return_aliases, tree_leaves
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.cost import CostModel, PeakMemory, Term
 from fxprune.ops.labels import IntArray
-from fxprune.ops.ledger import Ledger
+from fxprune.ops.ledger import FullWidth, Ledger
 
 # It gives a view, although its schema does not say so.
 _VIEWS = {torch.ops.aten._unsafe_view.default}
@@ -35,36 +36,107 @@ def peak_memory(
     """
     base = _memory_of(traced.records, len(traced.values))
     made, last = _lifetimes(traced, base)
-    pieces = sorted(made, key=made.__getitem__)
-    arrays: dict[int, IntArray] = {}
+    size = _Sizes(traced, ledger, channel_of)
+    pieces = {p: _Piece(made[p], last[p], size(p)) for p in sorted(made, key=made.__getitem__)}
+    original = _peak(pieces.values(), n_channels)
+    spread = {n: c for n, c in ledger.full_width.items() if (channel_of[c.labels] >= 0).any()}
+    if not spread:
+        return original
+    slim = _at_full_width(traced, spread, pieces, base, size)
+    return replace(_peak(slim, n_channels), original=original.total())
 
-    def channels(labels: IntArray) -> IntArray:
-        if id(labels) not in arrays:
-            arrays[id(labels)] = channel_of[labels]
-        return arrays[id(labels)]
 
-    terms = []
-    for piece in pieces:
-        value = traced.values[piece]
-        factors = ledger.values.get(piece, ())
-        labelled = {a for f in factors for a in f.axes}
-        rest = math.prod(n for k, n in enumerate(value.shape) if k not in labelled)
-        terms.append(Term(value.itemsize * rest, tuple(channels(f.labels) for f in factors)))
-    moments = sorted(set(made.values()))  # memory in use grows at no other time
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Memory that is in use from one time to another; records run at whole numbers."""
+
+    first: float
+    last: float
+    size: Term
+
+
+class _Sizes:
+    """Bytes of a value as a function of the kept channels."""
+
+    def __init__(self, traced: TracedModel, ledger: Ledger, channel_of: IntArray) -> None:
+        self.traced = traced
+        self.ledger = ledger
+        self.channel_of = channel_of
+        self._channels: dict[int, IntArray] = {}
+
+    def __call__(self, value: int, whole: Collection[int] = (), *, one_of: int = -1) -> Term:
+        """Bytes of a value with some axes at their full width, or of one position along an axis."""
+        found = self.traced.values[value]
+        factors = [f for f in self.ledger.values.get(value, ()) if not {*f.axes} & {*whole, one_of}]
+        labelled = {one_of, *(a for f in factors for a in f.axes)}
+        rest = math.prod(n for k, n in enumerate(found.shape) if k not in labelled)
+        return Term(found.itemsize * rest, tuple(self._of(f.labels) for f in factors))
+
+    def _of(self, labels: IntArray) -> IntArray:
+        if id(labels) not in self._channels:
+            self._channels[id(labels)] = self.channel_of[labels]
+        return self._channels[id(labels)]
+
+
+def _peak(pieces: Collection[_Piece], n_channels: int) -> PeakMemory:
+    moments = sorted({p.first for p in pieces})  # memory in use grows at no other time
     held = np.array(
         [
             (row, column)
             for column, piece in enumerate(pieces)
             for row in range(
-                np.searchsorted(moments, made[piece]),
-                np.searchsorted(moments, last[piece], side="right"),
+                np.searchsorted(moments, piece.first),
+                np.searchsorted(moments, piece.last, side="right"),
             )
         ],
         dtype=np.int64,
     ).reshape(-1, 2)
     shape = (len(moments), len(pieces))
     in_use = sparse.csr_array((np.ones(len(held)), (held[:, 0], held[:, 1])), shape=shape)
-    return PeakMemory(CostModel(tuple(terms), n_channels), in_use)
+    return PeakMemory(CostModel(tuple(p.size for p in pieces), n_channels), in_use)
+
+
+def _between(start: float, end: float, n: int) -> list[float]:
+    """``n`` times between two others."""
+    return [start + (k + 1) / (n + 1) * (end - start) for k in range(n)]
+
+
+def _at_full_width(
+    traced: TracedModel,
+    calls: Mapping[str, FullWidth],
+    pieces: Mapping[int, _Piece],
+    base: Sequence[int],
+    size: _Sizes,
+) -> list[_Piece]:
+    """What a slim model holds where calls get all positions of an axis.
+
+    Axis by axis the operand is padded and put in order before the call, and the kept positions of
+    the result are picked behind it.
+    """
+    slim, added = dict(pieces), []
+    for node, call in calls.items():
+        inside = [k for k, record in enumerate(traced.records) if record.node == node]
+        start, end = inside[0], inside[-1]
+        before = _between(start - 1, start, 2 * len(call.axes))
+        for k, axis in enumerate(call.axes):
+            padded, ordered, until = (*before, end)[2 * k : 2 * k + 3]
+            parts = size(call.value, call.axes[:k]), size(call.value, call.axes[:k], one_of=axis)
+            added += [_Piece(padded, ordered, part) for part in parts]
+            added.append(_Piece(ordered, until, size(call.value, call.axes[: k + 1])))
+        source, result = base[call.value], base[call.result]
+        if source in slim and slim[source].last == end:
+            slim[source] = replace(slim[source], last=before[0])
+        for value, piece in slim.items():
+            if start <= piece.first <= end:
+                whole = call.along(size.ledger.values.get(value, ()))
+                slim[value] = replace(piece, size=size(value, whole))
+        if call.picked and result in slim and start <= slim[result].first <= end:
+            behind = _between(end, end + 1, len(call.picked))
+            for k, picked in enumerate(behind):
+                until = (*behind, slim[result].last)[k + 1]
+                added.append(_Piece(picked, until, size(call.result, call.picked[k + 1 :])))
+            slim[result] = replace(slim[result], last=behind[0])
+    return [*slim.values(), *added]
 
 
 def _lifetimes(traced: TracedModel, base: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:

@@ -244,6 +244,13 @@ def operations(deps: DependencyGraph) -> tuple[tuple[Operation, ...], Widths]:
         refs = dict.fromkeys((*refs_in((record.args, record.kwargs)), *refs_in(record.outputs)))
         extents = {ref.id: collector.extents(ref.id, groups) for ref in refs}
         _share_columns(record, extents, groups)
+        whole = deps.ledger.full_width.get(record.node)
+        if whole is not None:
+            for value, sizes in extents.items():
+                along = whole.along(deps.ledger.values.get(value, ()))
+                extents[value] = tuple(
+                    Extent(e.size) if axis in along else e for axis, e in enumerate(sizes)
+                )
         used = [w for e in extents.values() for x in e for w in (x.width, x.shared_by)]
         order = tuple(w for w in dict.fromkeys([*used, groups]) if w >= 0)
         terms = tuple(t for k in parts for t in products.get(k, ()))

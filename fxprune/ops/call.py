@@ -9,7 +9,7 @@ import torch
 
 from fxprune.errors import Refusal
 from fxprune.ops.labels import Factor, IntArray, Labels
-from fxprune.ops.ledger import Ledger, Role, SizedUse
+from fxprune.ops.ledger import Ledger, Role, SizedUse, Spread
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,8 +102,8 @@ class Operand:
         elif (own := self.own(axis, Role.AFFINE)) is not None:
             self.call.freeze(own, *FIXED_AXIS)
 
-    def confined(self, keep: set[int]) -> dict[int, IntArray]:
-        """Labels per axis of ``keep``; every tracked axis outside is frozen or settled.
+    def parted(self, keep: set[int]) -> tuple[dict[int, IntArray], dict[int, IntArray]]:
+        """Labels per axis of ``keep``, and per axis outside.
 
         A joint factor that reaches into ``keep`` lives on there, whole slices at a time.
         """
@@ -117,10 +117,15 @@ class Operand:
                 inside = [a for a in factor.axes if a in keep]
                 single = self.call.settle(factor, *inside) if len(factor.axes) > 1 else factor
                 known[single.axes[0]] = single.labels
-        for axis, labels in known.items():
-            if axis not in keep:
-                self.call.freeze(labels, *FIXED_AXIS)
-        return {a: labels for a, labels in known.items() if a in keep}
+        outside = {a: labels for a, labels in known.items() if a not in keep}
+        return {a: labels for a, labels in known.items() if a in keep}, outside
+
+    def confined(self, keep: set[int]) -> dict[int, IntArray]:
+        """Labels per axis of ``keep``; those of every other axis are frozen."""
+        found, outside = self.parted(keep)
+        for labels in outside.values():
+            self.call.freeze(labels, *FIXED_AXIS)
+        return found
 
     def labelled(self, keep: set[int]) -> dict[int, IntArray]:
         """``confined``; of a parameter every axis of ``keep`` has labels, even if they are new."""
@@ -129,6 +134,25 @@ class Operand:
             return found
         own = ((axis, self.own(axis, Role.FIXED)) for axis in sorted(keep))
         return {axis: labels for axis, labels in own if labels is not None}
+
+    def spread(self, axis: int, labels: IntArray, onward: IntArray | None) -> Labels:
+        """Needed at full width along a channel axis (see ``Spread``); of weights it is frozen.
+
+        Args:
+            axis: the axis.
+            labels: its labels.
+            onward: labels of the same axis of the result; None if that has no channels.
+        """
+        if self.weight:
+            self.call.freeze(labels, *FIXED_AXIS)
+            return ()
+        ledger = self.call.ledger
+        ledger.spreads.append(Spread(self.call.index, self.value, axis, labels))
+        ledger.nonempty.append(labels)
+        if onward is None or onward.size == 1:
+            return ()
+        ledger.nonempty.append(onward)
+        return (Factor((axis,), onward),)
 
 
 UNTRACKED = (
@@ -165,6 +189,7 @@ class Call:
         results: ids of the returned tensors (None where none was returned).
         shapes: their shapes.
         ledger: where findings go.
+        in_place: whether it writes to an operand.
     """
 
     index: int
@@ -174,6 +199,7 @@ class Call:
     results: tuple[int | None, ...]
     shapes: tuple[tuple[int, ...], ...]
     ledger: Ledger
+    in_place: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

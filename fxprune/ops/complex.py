@@ -35,5 +35,8 @@ def as_numbers(call: Call) -> tuple[Labels, ...]:
 RULES: dict[str, Rule] = {
     "aten::view_as_real": as_parts,
     "aten::view_as_complex": as_numbers,
-    **{f"aten::_fft_{name}": mixing(lambda call: {*call["dim"]}) for name in ("r2c", "c2r", "c2c")},
+    **dict.fromkeys(
+        (f"aten::_fft_{name}" for name in ("r2c", "c2r", "c2c")),
+        mixing(lambda call: {*call["dim"]}, linear=True),
+    ),
 }

@@ -4,6 +4,7 @@ Same letter, same channel. A letter that only the operands have is summed: on th
 consumer side. A letter that the output has is the producer side.
 """
 
+import itertools
 import math
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Folded, Role
+from fxprune.ops.windows import slid
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 NETWORK_INPUT = (
@@ -172,12 +174,25 @@ def _note_reads(call: Call, places: list[_Place], tracked: dict[str, IntArray]) 
 def convolution(call: Call) -> tuple[Labels, ...]:
     """``aten.convolution``: grouped, depthwise, transposed, any number of spatial axes.
 
-    What lies along the batch, such as heads that were merged with it, passes.
+    What lies along the batch, such as heads that were merged with it, passes. Where the kernel
+    slides along channels, they are at full width.
     """
+    x, kernel = call["input"], call["weight"].shape[2:]
+    first = len(x.shape) - len(kernel)
+    _, along = x.parted(set(range(first)))
+    slides = (
+        slid(call, x, axis, labels, axis - first, kernel, call["dilation"])
+        for axis, labels in along.items()
+    )
+    return ((*over_channels(call), *itertools.chain(*slides)),)
+
+
+def over_channels(call: Call) -> Labels:
+    """Labels of all but the spatial axes of a convolution."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     x_channels = len(x.shape) - len(weight.shape) + 1
     weight.confined({0, 1})
-    passing = x.confined(set(range(x_channels + 1)))
+    passing, _ = x.parted(set(range(x_channels + 1)))
     labels_in = passing.pop(x_channels, None)
     groups, transposed = call["groups"], call["transposed"]
     if groups == 1:
@@ -194,7 +209,7 @@ def convolution(call: Call) -> tuple[Labels, ...]:
         passing[x_channels] = labels_out
         if isinstance(bias, Operand):
             bias.adopt(0, labels_out, Role.AFFINE)
-    return (tuple(Factor((axis,), labels) for axis, labels in passing.items()),)
+    return tuple(Factor((axis,), labels) for axis, labels in passing.items())
 
 
 Sides = tuple[IntArray | None, IntArray | None]

@@ -92,6 +92,48 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """An operator that counts positions of a channel axis, such as a convolution along channels.
+
+    Added up are zeros where channels are gone, so the axis is spread out again.
+
+    Attributes:
+        record: index of the record.
+        value: the operand.
+        axis: its channel axis.
+        labels: the labels of that axis.
+    """
+
+    record: int
+    value: int
+    axis: int
+    labels: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullWidth:
+    """A graph call that gets a value at full width, zero where channels are gone.
+
+    Attributes:
+        value: the value.
+        axes: axes that are spread out again.
+        labels: their labels.
+        result: what the call gives.
+        picked: axes of the result of which the kept positions are picked.
+    """
+
+    value: int
+    axes: tuple[int, ...]
+    labels: IntArray
+    result: int
+    picked: tuple[int, ...]
+
+    def along(self, factors: Labels) -> list[int]:
+        """Axes that have labels of what is spread out."""
+        return [a for f in factors if np.isin(f.labels, self.labels).any() for a in f.axes]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ChannelRead:
     """An operator other than a weight contraction that reduces over a channel axis.
 
@@ -138,6 +180,8 @@ class Ledger:
     taken_apart: set[tuple[int, int]] = field(default_factory=set)  # value and axis
     boxes: list[Box] = field(default_factory=list)
     gathers: dict[int, Gather] = field(default_factory=dict)
+    spreads: list[Spread] = field(default_factory=list)
+    full_width: dict[str, FullWidth] = field(default_factory=dict)  # by graph node
     reads: list[ChannelRead] = field(default_factory=list)
     sized: list[SizedUse] = field(default_factory=list)
     group_counts: dict[int, IntArray] = field(default_factory=dict)

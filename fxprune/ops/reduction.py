@@ -69,16 +69,22 @@ def _read(call: Call, axis: int, factor: Factor) -> None:
         statistic(call, "self", axis, factor.labels)
 
 
-def mixing(axes: Callable[[Call], set[int]]) -> Rule:
+def mixing(axes: Callable[[Call], set[int]], *, linear: bool = False) -> Rule:
     """A rule for operators of one tensor that mix positions along some axes.
 
     Results may be shorter along these axes, or without them.
+
+    Args:
+        axes: which axes.
+        linear: whether positions are added up: then those that are gone are zero.
     """
 
     def rule(call: Call) -> tuple[Labels, ...]:
         x = next(call.operands())
         mixed = axes(call)
         found = x.axes()
+        if linear and not (x.weight or call.in_place):
+            return (_added_up(call, x, mixed),)
         for axis in sorted(mixed & found.keys()):
             call.freeze(found[axis], *MIXES)
         for other in call.operands():
@@ -88,6 +94,15 @@ def mixing(axes: Callable[[Call], set[int]]) -> Rule:
         return tuple(_mixed(found, mixed, len(x.shape), shape) for shape in call.shapes)
 
     return rule
+
+
+def _added_up(call: Call, x: Operand, mixed: set[int]) -> Labels:
+    found = x.axes()
+    factors = [Factor((axis,), labels) for axis, labels in found.items() if axis not in mixed]
+    for axis in sorted(mixed & found.keys()):
+        same = call.shapes[0][axis] == found[axis].size
+        factors += x.spread(axis, found[axis], found[axis] if same else None)
+    return tuple(factors)
 
 
 def _mixed(
@@ -211,10 +226,11 @@ _REDUCTIONS = (
     "sum nansum mean amax amin max min var std prod any all argmax argmin logsumexp "
     "linalg_vector_norm norm var_mean std_mean median aminmax"
 )
-_ALONG = "cumsum cumprod logcumsumexp cummax cummin sort topk kthvalue mode"
+_ALONG = "cumprod logcumsumexp cummax cummin sort topk kthvalue mode"
 RULES: dict[str, Rule] = {
     **{f"aten::{name}": reduction for name in _REDUCTIONS.split()},
     **{f"aten::{name}": mixing(_dim) for name in _ALONG.split()},
+    "aten::cumsum": mixing(_dim, linear=True),
     **{
         f"aten::{name}": softmax
         for name in "_softmax _log_softmax softmax log_softmax _safe_softmax".split()

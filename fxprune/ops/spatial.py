@@ -8,19 +8,39 @@ import numpy as np
 from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.reduction import statistic
+from fxprune.ops.windows import slid
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
 
 def per_channel(call: Call) -> tuple[Labels, ...]:
     """The last n axes are space (n is in the operator's name), everything before them passes."""
+    x = next(call.operands())
+    labels = x.labelled(set(range(_space(call, x))))
+    return (tuple(Factor((a,), found) for a, found in labels.items()),) * len(call.results)
+
+
+def _space(call: Call, x: Operand) -> int:
+    """The first axis of space."""
     match = re.search(r"([123])d", call.op)
     assert match is not None
+    return len(x.shape) - int(match.group(1))
+
+
+def weighted(call: Call) -> tuple[Labels, ...]:
+    """As ``per_channel``, and sites are added up: where they are channels, at full width."""
     x = next(call.operands())
-    spatial = int(match.group(1))
-    leading = set(range(len(x.shape) - spatial))
-    labels = tuple(Factor((a,), found) for a, found in x.labelled(leading).items())
-    return (labels,) * len(call.results)
+    first = _space(call, x)
+    leading, along = x.parted(set(range(first)))
+    if x.parameter or not along:
+        return per_channel(call)
+    factors = [Factor((axis,), labels) for axis, labels in leading.items()]
+    for axis, labels in along.items():
+        if "stride" in call.arguments:
+            factors += slid(call, x, axis, labels, axis - first, call["kernel_size"])
+        else:
+            factors += x.spread(axis, labels, None)
+    return (tuple(factors),)
 
 
 def batch_norm(call: Call) -> tuple[Labels, ...]:
@@ -95,10 +115,10 @@ def grid_sample(call: Call) -> tuple[Labels, ...]:
     return (() if labels is None else (Factor((1,), labels),),)
 
 
-_PER_CHANNEL = (
-    "max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d _adaptive_avg_pool{n}d "
-    "adaptive_avg_pool{n}d adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d "
-    "upsample_nearest{n}d _upsample_nearest_exact{n}d"
+_LARGEST = "max_pool{n}d max_pool{n}d_with_indices adaptive_max_pool{n}d"
+_WEIGHTED = (
+    "avg_pool{n}d _adaptive_avg_pool{n}d adaptive_avg_pool{n}d reflection_pad{n}d "
+    "replication_pad{n}d upsample_nearest{n}d _upsample_nearest_exact{n}d"
 )
 _BATCH_NORMS = (
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
@@ -109,10 +129,9 @@ _RESIZE = (
     "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
 )
 RULES: dict[str, Rule] = {
-    **{
-        f"aten::{name}": per_channel for n in (1, 2, 3) for name in _PER_CHANNEL.format(n=n).split()
-    },
-    **{f"aten::{name}": per_channel for name in _RESIZE.split()},
+    **{f"aten::{name}": per_channel for n in (1, 2, 3) for name in _LARGEST.format(n=n).split()},
+    **{f"aten::{name}": weighted for n in (1, 2, 3) for name in _WEIGHTED.format(n=n).split()},
+    **{f"aten::{name}": weighted for name in _RESIZE.split()},
     **{f"aten::{name}": batch_norm for name in _BATCH_NORMS.split()},
     "aten::max_unpool2d": max_unpool,
     "aten::max_unpool3d": max_unpool,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fxprune.ops.call import FIXED_AXIS, Call
-from fxprune.ops.contraction import convolution
+from fxprune.ops.contraction import over_channels
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead
 
@@ -29,7 +29,7 @@ def deform_conv2d(call: Call) -> tuple[Labels, ...]:
         if call["offset_groups"] > 1:
             parts = labels.reshape(call["offset_groups"], -1)
             call.ledger.blocks.append(Blocks(parts, call.node, "torchvision.deform_conv2d"))
-    return convolution(replace(call, arguments={**call.arguments, "transposed": False}))
+    return (over_channels(replace(call, arguments={**call.arguments, "transposed": False})),)
 
 
 def pooled_regions(call: Call) -> tuple[Labels, ...]:

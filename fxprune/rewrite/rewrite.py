@@ -6,20 +6,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import DependencyGraph, analyze
 from fxprune.errors import RewriteError
-from fxprune.ops.ledger import Gather
+from fxprune.ops.labels import IntArray
+from fxprune.ops.ledger import FullWidth, Gather
 from fxprune.ops.sized_calls import CHANNEL_NORMS, DATA_ARGUMENT, SIZED, Kind, target_of
 from fxprune.planning.check import kept_channels
 from fxprune.planning.plan import PruningPlan
 from fxprune.planning.provenance import check_weights
 from fxprune.rewrite.constants import EDITORS, Site, slim_padding
 from fxprune.rewrite.modules import slim_tree
-from fxprune.rewrite.shapes import SlimShapes
+from fxprune.rewrite.shapes import BoolArray, SlimShapes
 from fxprune.rewrite.weights import slim_tensors
 
 
@@ -118,12 +120,13 @@ class _GraphRewriter:
         """Copies have the names of what they copy, whatever was inserted meanwhile."""
         names = {new: old.name for old, new in self.nodes.items()}
         taken = set(names.values())
-        free = (name for k in itertools.count() if (name := f"slim_size_{k}") not in taken)
         for node in self.graph.nodes:
             if node in names:
                 node.name = names[node]
             elif node.name in taken:
-                node.name = next(free)
+                free = (f"{node.name}_slim{'_' * k}" for k in itertools.count())
+                node.name = next(name for name in free if name not in taken)
+                taken.add(node.name)
 
     def _edit(self, old: fx.Node, new: fx.Node, result: Any) -> fx.Node:
         if isinstance(result, Ref):
@@ -133,8 +136,11 @@ class _GraphRewriter:
         target = target_of(self.traced.graph_module, old)
         if target in CHANNEL_NORMS:
             self._set_num_features(old, new)
+        whole = self.deps.ledger.full_width.get(old.name)
+        if whole is not None and not self.shapes.changed(whole.value):
+            whole = None
         kind = SIZED.get(target)
-        if kind is not None and self._touches_pruned(old, result):
+        if kind is not None and whole is None and self._touches_pruned(old, result):
             self._edit_sizes(old, new, kind, result)
             at, name = DATA_ARGUMENT.get(target, (len(new.args), ""))
             data = [k == at for k in range(len(new.args))], {name}
@@ -143,7 +149,7 @@ class _GraphRewriter:
             self._restore_data(old, new, [True] * len(new.args), set(new.kwargs))
         if old.op == "call_function" and old.name in self.call_groups:
             _set_call_groups(new, self.call_groups[old.name])
-        return new
+        return new if whole is None else self._at_full_width(old, new, whole)
 
     def _set_num_features(self, old: fx.Node, new: fx.Node) -> None:
         (x,) = _refs(self._in_original((old.args, old.kwargs)))
@@ -203,22 +209,52 @@ class _GraphRewriter:
 
     def _replace_by_gather(self, new: fx.Node, gather: Gather, result: int) -> fx.Node:
         """Compute a value by ``index_select`` from where its positions came from."""
-        source = self.shapes.axis(gather.source, gather.axis)
-        rank = np.cumsum(source) - 1
+        ranks = _ranks(self.shapes.axis(gather.source, gather.axis))
         kept = self.shapes.axis(result, gather.axis)
-        index = torch.from_numpy(rank[gather.index][kept])
-        name = f"_index_{new.name}"
-        while hasattr(self.root, name):  # an index of an earlier pruning
-            name += "_"
-        self.root.register_buffer(name, index.to(self._device()), persistent=False)
         with self.graph.inserting_before(new):
-            attribute = self.graph.get_attr(name)
+            index = self._index(new.name, ranks[gather.index][kept])
         new.op, new.target = "call_function", torch.index_select
-        new.args, new.kwargs = (self.holder[gather.source], gather.axis, attribute), {}
+        new.args, new.kwargs = (self.holder[gather.source], gather.axis, index), {}
         return new
 
-    def _device(self) -> torch.device:
-        return next((t.device for t in self.traced.tensors.values()), torch.device("cpu"))
+    def _at_full_width(self, old: fx.Node, new: fx.Node, call: FullWidth) -> fx.Node:
+        """Spread out what a call counts positions of, and pick the kept ones of its result."""
+        for source in old.all_input_nodes:
+            if self.traced.results[source.name] == Ref(call.value):
+                with self.graph.inserting_before(new):
+                    whole = self._spread_out(new.name, self.nodes[source], call)
+                new.replace_input_with(self.nodes[source], whole)
+        return self._picked(new, call)
+
+    def _spread_out(self, name: str, x: fx.Node, call: FullWidth) -> fx.Node:
+        """A value at its full width: a position that is gone is taken from a padding of zero."""
+        for axis in call.axes:
+            kept = self.shapes.axis(call.value, axis)
+            if not kept.all():
+                places = self._index(f"{name}_places", np.where(kept, _ranks(kept), kept.sum()))
+                behind = len(self.traced.values[call.value].shape) - 1 - axis
+                x = self.graph.call_function(F.pad, (x, (0, 0) * behind + (0, 1)))
+                x = self.graph.call_function(torch.index_select, (x, axis, places))
+        return x
+
+    def _picked(self, x: fx.Node, call: FullWidth) -> fx.Node:
+        name = x.name
+        for axis in call.picked:
+            kept = self.shapes.axis(call.result, axis)
+            if not kept.all():
+                index = self._index(f"{name}_kept", np.flatnonzero(kept))
+                x = self.graph.call_function(torch.index_select, (x, axis, index))
+        return x
+
+    def _index(self, name: str, positions: IntArray) -> fx.Node:
+        """A new buffer with these positions, where nodes are being inserted."""
+        name = f"_index_{name}"
+        while hasattr(self.root, name):  # an index of an earlier pruning
+            name += "_"
+        device = next((t.device for t in self.traced.tensors.values()), torch.device("cpu"))
+        index = torch.from_numpy(positions).to(device)
+        self.root.register_buffer(name, index, persistent=False)
+        return self.graph.get_attr(name)
 
     def _restore_data(
         self, old: fx.Node, new: fx.Node, positions: list[bool], keywords: set[str]
@@ -264,6 +300,12 @@ class _GraphRewriter:
             new = self.nodes[old]
             if old.users and not new.users and new.op not in ("output", "placeholder"):
                 self.graph.erase_node(new)
+
+
+def _ranks(kept: BoolArray) -> IntArray:
+    """Where each kept position comes to lie."""
+    ranks: IntArray = np.cumsum(kept) - 1
+    return ranks
 
 
 def _refs(tree: Any) -> list[Ref]:

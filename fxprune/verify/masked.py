@@ -5,7 +5,7 @@ where it takes another statistic over them (a mean, a maximum), it sees the kept
 channels are still computed and hold whatever they hold, so a reader that was overlooked shows up.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ PRODUCTS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "aten::vdot": (("self", -1), ("other", -1)),
     "aten::linear": (("input", -1), ("weight", -1)),
 }
+GIVEN = "given"  # the family of a graph call itself, whose arguments are hidden
 _CONVOLUTIONS = ("aten::convolution", "aten::_convolution")
 
 Observer = Callable[[str, Any], None]
@@ -45,7 +46,8 @@ class Read:
     """One operand of one operator that reads channels of which some are removed.
 
     Attributes:
-        operand: its name in the operator's schema; for a matrix product its side, 0 or 1.
+        operand: its name in the operator's schema; for a matrix product its side, 0 or 1; for a
+            graph call the node that gives it.
         axis: the channel axis.
         kept: which positions stay, [positions]; or [batch, positions] where every entry of the
             first axis, such as a head, keeps its own.
@@ -60,7 +62,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One operator that reads channels: its family, and which of its reads lose positions."""
+    """One operator or call that reads channels: its family, and which reads lose positions."""
 
     family: str
     reads: tuple[Read, ...]
@@ -92,10 +94,13 @@ def channel_reads(deps: DependencyGraph, alive: BoolArray, plan: PruningPlan) ->
             entry = Read(read.argument, read.axis, kept, read.exact)
             reads.setdefault(read.record, []).append(entry)
     finder.check_known_contractions()
-    return _by_node(deps.traced, reads)
+    steps = _by_node(deps.traced, reads)
+    for node, given in finder.given_at_full_width():
+        steps[node] = (Step(GIVEN, given), *steps.get(node, ()))
+    return steps
 
 
-def _by_node(traced: TracedModel, reads: Mapping[int, list[Read]]) -> Steps:
+def _by_node(traced: TracedModel, reads: Mapping[int, list[Read]]) -> dict[str, tuple[Step, ...]]:
     families: dict[str, set[str]] = {}
     for index in reads:
         record = traced.records[index]
@@ -147,6 +152,24 @@ class _Finder:
             if kept is not None:
                 return None if kept.all() else Read(1 - side, sides[1 - side][1], kept, exact=True)
         return None
+
+    def given_at_full_width(self) -> Iterator[tuple[str, tuple[Read, ...]]]:
+        """What of the arguments of graph calls that run at full width is gone, by node."""
+        for node in self.traced.graph_module.graph.nodes:
+            call = self.deps.ledger.full_width.get(node.name)
+            if call is None:
+                continue
+            value = Ref(call.value)
+            kept = ((axis, self._kept_on(value, axis)) for axis in call.axes)
+            reads = tuple(
+                Read(source.name, axis, found, exact=True)
+                for axis, found in kept
+                if found is not None and not found.all()
+                for source in node.all_input_nodes
+                if self.traced.results[source.name] == value
+            )
+            if reads:
+                yield node.name, reads
 
     def _weight_columns(self, arguments: dict[str, Any]) -> BoolArray | None:
         """Input channels that the columns of a convolution weight read; None if it reads all."""
@@ -208,8 +231,14 @@ class _MaskingGuard(Guard):
 
     def enter(self, node: str) -> None:
         self._node = node
-        self._pending = list(reversed(self._steps.get(node, ())))
+        steps = (s for s in self._steps.get(node, ()) if s.family != GIVEN)
+        self._pending = list(reversed(list(steps)))
         self._families = {step.family for step in self._pending}
+
+    def given(self, node: str) -> tuple[Read, ...]:
+        """What of a node's arguments is hidden."""
+        steps = self._steps.get(node, ())
+        return tuple(read for step in steps if step.family == GIVEN for read in step.reads)
 
     def leave(self) -> None:
         if self._pending:
@@ -335,6 +364,23 @@ class _MaskedRun(fx.Interpreter):
         self.extra_traceback = False  # errors name the node themselves
         self.guard = guard
         self.observe = observe
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """Arguments of a node, with zeros for channels that it would count."""
+
+        def load(source: fx.Node) -> Any:
+            value = self.env[source]
+            for read in hidden:
+                if read.operand == source.name:
+                    value = _zeroed(value, read.axis, read.kept)
+            return value
+
+        hidden = self.guard.given(n.name)
+        return (
+            super().fetch_args_kwargs_from_env(n)
+            if not hidden
+            else fx.map_arg((n.args, n.kwargs), load)
+        )
 
     def run_node(self, n: fx.Node) -> Any:
         self.guard.enter(n.name)

@@ -26,24 +26,6 @@ class SelectiveKernel(nn.Module):
         return self.head((branches * weights[:, :, :, None, None]).sum(dim=1))
 
 
-class EfficientChannelAttention(nn.Module):
-    """ECA: a 1d convolution whose *length* is the channel axis, so it mixes channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 13)
-        self.mid = conv_bn(13, 7)
-        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-        self.last = conv_bn(7, 11)
-        self.head = Head(11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.stem(x))
-        gate = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
-        gate = torch.sigmoid(self.conv(gate)).transpose(-1, -2).unsqueeze(-1)
-        return self.head(self.last(x * gate.expand_as(x)))
-
-
 class ChannelAttention(nn.Module):
     """CBAM's channel gate: one MLP of 1x1 convolutions for the mean and the maximum."""
 
@@ -273,9 +255,6 @@ def tokens(batch: int, height: int, width: int, generator: torch.Generator) -> I
 
 CASES: dict[str, Case] = {
     "selective_kernel": Case(SelectiveKernel, 11 + 7),
-    "efficient_channel_attention": Case(
-        EfficientChannelAttention, None, fixed=("head", "conv", "mid")
-    ),
     "channel_attention": Case(ChannelAttention, 13 + 5 + 11),
     "ghost": Case(Ghost, 11 + 13),
     "res2net": Case(Res2Net, 5 + 5 + 5 + 5 + 5),

@@ -8,17 +8,6 @@ from torch import Tensor, nn
 from tests.zoo.case import Case, Head, conv_bn
 
 
-class CumulativeSum(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.mid, self.last = conv_bn(3, 13), conv_bn(13, 7), conv_bn(7, 11)
-        self.head = Head(11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cumsum(self.mid(self.stem(x)), dim=1)
-        return self.head(self.last(x))
-
-
 class SortedChannels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +63,6 @@ class UnknownOperation(nn.Module):
 
 FIXED = ("head", "mid")
 CASES: dict[str, Case] = {
-    "cumulative_sum": Case(CumulativeSum, 13 + 11, fixed=FIXED),
     "sorted_channels": Case(SortedChannels, 13 + 11, fixed=FIXED),
     "log_cumulative_sum": Case(LogCumulativeSum, 13 + 11, fixed=FIXED),
     "unknown_operation": Case(UnknownOperation, 13 + 11, fixed=FIXED),

@@ -216,13 +216,6 @@ class SoftmaxOverChannels(Between):
         return torch.softmax(x, dim=1)
 
 
-class LocalResponse(Between):
-    """A mean over neighbouring channels."""
-
-    def between(self, x: Tensor) -> Tensor:
-        return F.local_response_norm(x, 3)
-
-
 class LayerNormLast(Between):
     """ConvNeXt's norm: channels last, layer norm, channels first."""
 
@@ -357,7 +350,6 @@ CASES: dict[str, Case] = {
     "position_parameter": Case(PositionParameter, None),
     "dynamic_conv": Case(GroupedBatchFold, 13 + 8 + 8 + 11, readers={"bank": 1}, rebatches=False),
     "softmax_over_channels": Case(SoftmaxOverChannels, 32, exact=False),
-    "local_response": Case(LocalResponse, SOME, fixed=FROZEN),
     "layer_norm_last": Case(LayerNormLast, None, either=("mid",), exact=False),
     "attention": Case(Attention, None, either=("mid", "attention"), exact=False),
     "recurrent": Case(

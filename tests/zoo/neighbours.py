@@ -1,0 +1,155 @@
+"""Operators that count positions of a channel axis: neighbours, sums so far, spectra."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.case import Case, vectors
+from tests.zoo.sequences import FEATURES, tokens
+from tests.zoo.traps import Between
+
+
+class EfficientAttention(Between):
+    """ECA: the gate of a channel is made of its neighbours' means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neighbours = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def between(self, x: Tensor) -> Tensor:
+        y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
+        y = self.neighbours(y).transpose(-1, -2).unsqueeze(-1)
+        return x * torch.sigmoid(y).expand_as(x)
+
+
+class EfficientAttentionViewed(Between):
+    """The same in timm's spelling, with a bias and a functional call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(1, 1, 5)), nn.Parameter(torch.ones(1))
+
+    def between(self, x: Tensor) -> Tensor:
+        y = F.conv1d(x.mean((2, 3)).view(x.shape[0], 1, -1), self.weight, self.bias, padding=2)
+        return x * y.sigmoid().view(x.shape[0], -1, 1, 1).expand_as(x)
+
+
+class SharedNeighbours(Between):
+    """One convolution along the channels of two widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neighbours = nn.Conv1d(1, 1, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.neighbours(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.between(self.mid(self.stem(x))))
+        return self.head(x * self.gate(x))
+
+
+class LocalResponse(Between):
+    """A mean over neighbouring channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.local_response_norm(x, 3)
+
+
+class LocalResponseLayer(Between):
+    """The same as a layer, which the graph shows from inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LocalResponseNorm(4, alpha=0.5)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class CumulativeSum(Between):
+    def between(self, x: Tensor) -> Tensor:
+        return torch.cumsum(x, dim=1)
+
+
+class Smoothed(nn.Module):
+    """The mean of three neighbours is taken off every feature; then all are pooled to four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid, self.head = (
+            nn.Linear(a, b) for a, b in ((FEATURES, 12), (12, 9), (4, 5))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = self.mid(x - F.avg_pool1d(x, 3, 1, 1)).relu()
+        return self.head(F.adaptive_avg_pool1d(x, 4))
+
+
+class FourierMixing(nn.Module):
+    """FNet: features are mixed by their spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.head = (
+            nn.Linear(a, b) for a, b in ((FEATURES, 12), (12, 17), (17, 12), (12, 5))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+class FeaturesAsSignal(nn.Module):
+    """Features of a table as a signal in time, read by a convolution with a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.signal = nn.Linear(7, 12), nn.Conv1d(1, 4, 3, stride=2, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.signal(self.stem(x).relu().unsqueeze(1))
+        return self.head(x.relu().sum(1))
+
+
+class Electrodes(nn.Module):
+    """EEGNet: one kernel over all channels of a signal, which stand beside each other as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(7, 13, 3, padding=1)
+        self.rows, self.head = nn.Conv2d(1, 6, (13, 3), padding=(0, 1)), nn.Conv1d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.transpose(1, 2)).relu()
+        return self.head(self.rows(x.unsqueeze(1)).relu().squeeze(2))
+
+
+MID = ("mid.0", "mid.1")  # what is gone is zero to its neighbours
+ALL = 13 + 8 + 11
+CASES: dict[str, Case] = {
+    "efficient_attention": Case(EfficientAttention, ALL, either=("neighbours",), silent=MID),
+    "efficient_attention_viewed": Case(EfficientAttentionViewed, ALL, silent=MID),
+    "shared_neighbours": Case(
+        SharedNeighbours, ALL, either=("neighbours",), silent=(*MID, "last.0", "last.1")
+    ),
+    "local_response": Case(LocalResponse, ALL, silent=MID),
+    "local_response_layer": Case(LocalResponseLayer, ALL, silent=MID),
+    "cumulative_sum": Case(CumulativeSum, ALL, silent=MID),
+    "smoothed": Case(Smoothed, 12 + 9, tokens(), resizes=False, silent=("stem", "mid")),
+    "fourier_mixing": Case(
+        FourierMixing, 12 + 17, tokens(), resizes=False, silent=("stem", "down")
+    ),
+    "features_as_signal": Case(
+        FeaturesAsSignal, 12 + 4, vectors(7), resizes=False, silent=("stem", "signal")
+    ),
+    "electrodes": Case(Electrodes, 13 + 6, tokens(), resizes=False, silent=("stem",)),
+}
