@@ -78,7 +78,7 @@ class Refusal:
     Attributes:
         code: stable identifier, listed in ``docs/reference/refusals.md``.
         node: name of the graph node.
-        op: operator as PyTorch names it, e.g. ``aten.cumsum``.
+        op: operator as PyTorch names it, e.g. ``aten.sort``.
         why: what was there, with shapes.
         need: what would make these channels prunable.
     """

@@ -28,7 +28,7 @@ class Frozen(nn.Module):
         self.head = nn.Linear(40, 3)
 
     def forward(self, x):
-        return self.head(self.free(self.held(x).cumsum(1)).relu())
+        return self.head(self.free(self.held(x).sort(1).values).relu())
 
 
 def small():
@@ -167,7 +167,7 @@ def test_the_page_says_why_of_every_refusal_that_was_met():
 
 def test_a_refusal_is_counted_with_the_channels_it_holds():
     (refusal,) = measure(HELD)["refusals"]
-    assert (refusal["code"], refusal["op"], refusal["channels"]) == ("mixes-axis", "aten.cumsum", 8)
+    assert (refusal["code"], refusal["op"], refusal["channels"]) == ("mixes-axis", "aten.sort", 8)
 
 
 def test_a_failure_names_stage_type_and_first_line():
@@ -237,7 +237,7 @@ class Jumps(nn.Module):
     """Magnifies rounding errors until they show."""
 
     def forward(self, x):
-        return (self.weight * x * 1e9).frac()
+        return (self.weight * x * 3e5).frac()
 
     def __init__(self):
         super().__init__()
@@ -245,6 +245,7 @@ class Jumps(nn.Module):
 
 
 def test_a_model_that_rounding_errors_change_is_told_from_one_that_is_pruned_wrongly():
+    torch.manual_seed(0)
     x = torch.rand(2, 8)
     assert _is_discontinuous(Jumps(), x)
     assert not _is_discontinuous(nn.Linear(8, 3), x)
@@ -293,6 +294,6 @@ def test_the_page_tells_what_was_pruned_refused_and_failed(tmp_path):
     assert (summary["models"], summary["captured"], summary["verified"]) == ("3", "2", "2")
     assert "1 of the 4 models of the catalogue were not measured" in text
     assert ["toys broken", "build", "LookupError", "`no such weights`"] in table
-    assert any(r[:4] == ["[mixes-axis](refusals.md#mixes-axis)", "`aten.cumsum`", "1", "8"]
+    assert any(r[:4] == ["[mixes-axis](refusals.md#mixes-axis)", "`aten.sort`", "1", "8"]
                for r in table)  # fmt: skip
     assert not (tmp_path / "page.tmp").exists()
