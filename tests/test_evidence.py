@@ -188,6 +188,29 @@ def test_gates_act_on_all_readers_of_a_channel_at_once() -> None:
     assert of(deps, fp.GateTaylor([SMALL], total)(deps), "a.weight") == pytest.approx([0.0, 144.0])
 
 
+class Summed(nn.Module):
+    """Features are summed up so far, and the sums are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).cumsum(1))
+
+
+def test_gates_act_on_calls_that_get_channels_at_full_width() -> None:
+    model = Summed().double().eval()
+    with torch.no_grad():
+        model.a.weight.copy_(torch.tensor([[2.0], [3.0]]))
+        model.b.weight.copy_(torch.tensor([[5.0, 7.0]]))
+    x = torch.ones(1, 1).double()
+    deps = analysed(model, x)
+    # Without the first feature both sums lack 2, and the first sum is not read.
+    expected = [((5 + 7) * 2 + 5 * 2) ** 2, (7 * 3 + 7 * 5) ** 2]
+    assert of(deps, fp.GateTaylor([x], total)(deps), "a.weight") == pytest.approx(expected)
+
+
 GATED = """residual projection_shortcut dense_block unet inception grouped_conv shuffle_unit flatten
 channels_last_flatten concat_twice crelu in_place_add squeeze_excite tied_convs token_linear einsum
 separate_attention torch_attention transposed_conv shared_conv pixel_shuffle""".split()

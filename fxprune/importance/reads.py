@@ -133,6 +133,8 @@ def _summed(deps: DependencyGraph) -> tuple[dict[str, BoolArray], BoolArray]:
     for read in deps.ledger.reads:
         if read.exact:
             _mark(found[read.node], [deps.channel_of[read.labels]])
+    for name, call in deps.ledger.full_width.items():
+        _mark(found[name], [deps.channel_of[call.labels]])
     return {name: channels for name, channels in found.items() if channels.any()}, hidden
 
 
