@@ -1,6 +1,7 @@
 """Walk the record once: apply every operator's rule to the labels of its operands."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,11 +148,13 @@ def _apply(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> N
             call.freeze_operands(*NO_RULE)
         return
     outputs = rule(call)
-    if record.op._schema.is_mutable:
-        ledger.last_write = index
     for result, labels in zip(call.results, outputs, strict=False):
         if result is not None and traced.values[result].kind not in ("parameter", "buffer"):
             ledger.values[result] = labels
+    if record.op._schema.is_mutable:
+        ledger.last_write = index
+        if not constant:
+            _forget_copies(record, ledger)
 
 
 def _note_views(record: Record, ledger: Ledger) -> None:
@@ -169,6 +172,15 @@ def _note_write(record: Record, ledger: Ledger) -> None:
     """Weights that activations were written to are weights no longer, nor are their views."""
     for ref in _refs(written_arguments(record.op, record.args, record.kwargs)):
         ledger.weights -= ledger.memory.get(ref.id, {ref.id})
+
+
+def _forget_copies(record: Record, ledger: Ledger) -> None:
+    """What activations were written to no longer holds the same everywhere, nor do its views."""
+    for ref in _refs(written_arguments(record.op, record.args, record.kwargs)):
+        for value in ledger.memory.get(ref.id, {ref.id}):
+            factors = ledger.values.get(value, ())
+            if any(f.copies for f in factors):
+                ledger.values[value] = tuple(replace(f, copies=False) for f in factors)
 
 
 def _make_call(traced: TracedModel, index: int, record: Record, ledger: Ledger) -> Call:

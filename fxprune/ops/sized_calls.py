@@ -164,6 +164,9 @@ ADAPTIVE: frozenset[Any] = frozenset(
         torch.inner,
         "inner",
         torch.cdist,
+        nn.Conv1d,  # which may pad by themselves, in space
+        nn.Conv2d,
+        nn.Conv3d,
         nn.CircularPad1d,
         nn.CircularPad2d,
         nn.CircularPad3d,

@@ -36,6 +36,18 @@ class EfficientAttentionViewed(Between):
         return x * y.sigmoid().view(x.shape[0], -1, 1, 1).expand_as(x)
 
 
+class CyclicAttention(Between):
+    """CECA: the first channel and the last are neighbours, so a margin of channels stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neighbours = nn.Conv1d(1, 1, 3, bias=False)
+
+    def between(self, x: Tensor) -> Tensor:
+        y = F.pad(x.mean((2, 3)).view(x.shape[0], 1, -1), (1, 1), mode="circular")
+        return x * self.neighbours(y).sigmoid().view(x.shape[0], -1, 1, 1).expand_as(x)
+
+
 class SharedNeighbours(Between):
     """One convolution along the channels of two widths."""
 
@@ -138,6 +150,7 @@ ALL = 13 + 8 + 11
 CASES: dict[str, Case] = {
     "efficient_attention": Case(EfficientAttention, ALL, either=("neighbours",), silent=MID),
     "efficient_attention_viewed": Case(EfficientAttentionViewed, ALL, silent=MID),
+    "cyclic_attention": Case(CyclicAttention, ALL - 2, either=("neighbours", "mid"), silent=MID),
     "shared_neighbours": Case(
         SharedNeighbours, ALL, either=("neighbours",), silent=(*MID, "last.0", "last.1")
     ),

@@ -170,6 +170,22 @@ class CircularPadding(Between):
         return self.same(F.pad(self.circular(x), (1, 1, 1, 1), mode="reflect"))
 
 
+class CircularFlattened(nn.Module):
+    """What circular padding writes into new memory is flattened with its pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid = (
+            conv_bn(3, 13),
+            nn.Conv2d(13, 7, 3, padding=1, padding_mode="circular"),
+        )
+        self.head = nn.Linear(7 * 10 * 14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.mid(self.stem(x)).relu(), (1, 1, 1, 1), mode="circular")
+        return self.head(x.flatten(1))
+
+
 class OtherAxes(Between):
     """Concatenate, split, roll, stack and flip along batch and space, never channels."""
 
@@ -345,7 +361,8 @@ CASES: dict[str, Case] = {
     "gate_repeated": Case(GateRepeated, None, fixed=("head", "gate"), either=("mid",)),
     "one_by_index": Case(OneByIndex, None, either=("mid",)),
     "one_by_stride": Case(OneByStride, None, either=("mid",)),
-    "circular_padding": Case(CircularPadding, None, either=("mid",)),
+    "circular_padding": Case(CircularPadding, 13 + 8 + 8 + 8 + 11),
+    "circular_flattened": Case(CircularFlattened, 13 + 7, resizes=False),
     "other_axes": Case(OtherAxes, 13 + 8 + 11),
     "position_parameter": Case(PositionParameter, None),
     "dynamic_conv": Case(GroupedBatchFold, 13 + 8 + 8 + 11, readers={"bank": 1}, rebatches=False),
