@@ -26,6 +26,7 @@ from tests.oracle import (
     widths,
 )
 from tests.zoo.models import EXACT, ZOO, build
+from tests.zoo.neighbours import InsideCallsWithMore
 from tests.zoo.random_net import RandomNet
 from tests.zoo.randomize import randomize
 
@@ -253,6 +254,21 @@ def test_an_operation_without_a_rule_is_reported(name: str) -> None:
     (refusal,) = [r for r in deps.refusals if word[name] in r.op]
     assert refusal.need
     assert word[name] in deps.report()
+
+
+def test_a_call_that_does_more_than_to_count_positions_keeps_its_channels() -> None:
+    model, x = (
+        randomize(InsideCallsWithMore().double(), 1).eval(),
+        torch.randn(2, 3, 8, 12).double(),
+    )
+    traced = fp.trace(model, x, frontend="symbolic")
+    deps = fp.analyze(traced)
+    assert {r.node for r in deps.refusals} == {"share_of_sum", "sums_in_place", "sums_times"}
+    assert [(g.name, g.width) for g in deps.groups] == [("stem.0", 13)]
+    opened = fp.analyze(fp.trace(model, x))  # export looks into them
+    assert opened.traced.frontend == "export"
+    assert {"shared.0", "scaled.0"} <= {g.name for g in opened.groups}
+    fp.prune(model, x, ratios=0.5)
 
 
 def test_nothing_is_refused_where_everything_is_understood() -> None:

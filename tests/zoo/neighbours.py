@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.case import Case, vectors
+from tests.zoo.case import Case, Head, conv_bn, vectors
 from tests.zoo.sequences import FEATURES, tokens
 from tests.zoo.traps import Between
 
@@ -145,6 +145,76 @@ class Electrodes(nn.Module):
         return self.head(self.rows(x.unsqueeze(1)).relu().squeeze(2))
 
 
+class Reflected(nn.Module):
+    """Features are padded by their mirror image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(FEATURES, 12), nn.Linear(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.pad(self.stem(x).relu(), (1, 2), mode="reflect"))
+
+
+@torch.fx.wrap
+def doubled_sums(x: Tensor) -> Tensor:
+    """One call of a graph that does more than to count positions."""
+    return x.sin().cumsum(1) * 2 + x.cumsum(1).exp()
+
+
+@torch.fx.wrap
+def share_of_sum(x: Tensor) -> Tensor:
+    """What is summed up so far, as a share of all: a sum that would be taken at full width."""
+    return x.cumsum(1) / x.square().sum(1, keepdim=True)
+
+
+@torch.fx.wrap
+def sums_times(x: Tensor, y: Tensor) -> Tensor:
+    return x.cumsum(1) * y
+
+
+@torch.fx.wrap
+def sums_in_place(x: Tensor) -> Tensor:
+    return x.cumsum(1).mul_(2)
+
+
+class InsideCalls(Between):
+    """Sums so far inside calls that a graph does not look into."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return doubled_sums(x)
+
+
+class InsideCallsWithMore(nn.Module):
+    """The same, with something else in the call that channels matter to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared, self.placed, self.scaled = (
+            conv_bn(a, b) for a, b in ((3, 13), (13, 7), (7, 6), (6, 9))
+        )
+        self.head = Head(9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = share_of_sum(self.shared(self.stem(x)).sigmoid())
+        x = self.scaled(sums_in_place(self.placed(x)))
+        return self.head(sums_times(x, x.sigmoid()))
+
+
+class GramNeighbours(nn.Module):
+    """Channels by channels: a filter per channel slides along them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid = conv_bn(3, 13), conv_bn(13, 6)
+        self.slide = nn.Conv1d(6, 6, 3, padding=1, groups=6)
+        self.head = nn.Conv1d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.stem(x)).flatten(2)
+        return self.head(self.slide(torch.bmm(x, x.transpose(1, 2)) / 96)).sum(2)
+
+
 MID = ("mid.0", "mid.1")  # what is gone is zero to its neighbours
 ALL = 13 + 8 + 11
 CASES: dict[str, Case] = {
@@ -164,5 +234,8 @@ CASES: dict[str, Case] = {
     "features_as_signal": Case(
         FeaturesAsSignal, 12 + 4, vectors(7), resizes=False, silent=("stem", "signal")
     ),
+    "reflected": Case(Reflected, 12, tokens(), resizes=False, silent=("stem",)),
+    "inside_calls": Case(InsideCalls, ALL, silent=MID),
+    "gram_neighbours": Case(GramNeighbours, 13, fixed=("head", "mid", "slide")),
     "electrodes": Case(Electrodes, 13 + 6, tokens(), resizes=False, silent=("stem",)),
 }
