@@ -136,6 +136,7 @@ ARCHITECTURES = {
         TOKENS,
         "eager",
     ),
+    "fnet": Architecture("FNetModel", "FNetConfig", ENCODER, TOKENS),
     "modernbert": Architecture(
         "ModernBertForMaskedLM",
         "ModernBertConfig",

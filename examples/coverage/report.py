@@ -41,11 +41,9 @@ _OUTER = (
 )
 _POSITIONS = "positions of tokens or pixels, relative ones too: a table has a row for each"
 REASONS: dict[tuple[str, str], str] = {
-    ("untracked-axis", "aten.mul"): "a factor that mixes all channels by their position (the "
-    "convolution along channels of ECA, which would need the kept ones spread out again); rows of "
-    "a product over tokens (gMLP; its channels go); or a factor that comes from the input",
-    ("untracked-axis", "aten.add"): "the sum with a stream that such a factor holds (ECA), a table "
-    "of relative positions, or coordinates of the input",
+    ("untracked-axis", "aten.mul"): "rows of a product over tokens (gMLP; its channels go), or a "
+    "factor that comes from the input",
+    ("untracked-axis", "aten.add"): "a table of relative positions, or coordinates of the input",
     ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
     ("untracked-axis", "aten.copy"): _DETECTOR,
     ("unknown-index", "aten.index"): "positions that the input chooses",

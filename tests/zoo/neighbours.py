@@ -170,6 +170,7 @@ def share_of_sum(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def sums_times(x: Tensor, y: Tensor) -> Tensor:
+    """With two values, or with a weight, that have the same channels."""
     return x.cumsum(1) * y
 
 
@@ -190,15 +191,16 @@ class InsideCallsWithMore(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.shared, self.placed, self.scaled = (
-            conv_bn(a, b) for a, b in ((3, 13), (13, 7), (7, 6), (6, 9))
+        self.stem, self.shared, self.placed, self.twice, self.scaled = (
+            conv_bn(a, b) for a, b in ((3, 13), (13, 7), (7, 6), (6, 9), (9, 5))
         )
-        self.head = Head(9)
+        self.scale, self.head = nn.Parameter(torch.ones(5, 1, 1)), Head(5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = share_of_sum(self.shared(self.stem(x)).sigmoid())
-        x = self.scaled(sums_in_place(self.placed(x)))
-        return self.head(sums_times(x, x.sigmoid()))
+        x = self.twice(sums_in_place(self.placed(x)))
+        x = self.scaled(sums_times(x, x.sigmoid()))
+        return self.head(sums_times(x, self.scale))
 
 
 class GramNeighbours(nn.Module):
