@@ -83,7 +83,7 @@ def mixing(axes: Callable[[Call], set[int]], *, linear: bool = False) -> Rule:
         x = next(call.operands())
         mixed = axes(call)
         found = x.axes()
-        if linear and not (x.weight or call.in_place):
+        if linear and not call.in_place:
             return (_added_up(call, x, mixed),)
         for axis in sorted(mixed & found.keys()):
             call.freeze(found[axis], *MIXES)

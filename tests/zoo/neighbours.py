@@ -84,6 +84,19 @@ class LocalResponseLayer(Between):
         return self.norm(x)
 
 
+class SmoothedWeight(Between):
+    """Neighbours of weights: what is left of a weight would be another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 8))
+        self.last = conv_bn(9, 11)
+
+    def between(self, x: Tensor) -> Tensor:
+        weight = F.avg_pool1d(self.weight[None], 3, 1, 1)[0]
+        return F.conv2d(x, weight[:, :, None, None])
+
+
 class CumulativeSum(Between):
     def between(self, x: Tensor) -> Tensor:
         return torch.cumsum(x, dim=1)
@@ -146,14 +159,14 @@ class Electrodes(nn.Module):
 
 
 class Reflected(nn.Module):
-    """Features are padded by their mirror image."""
+    """Features are cropped on one side and padded by their mirror image on the other."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.head = nn.Linear(FEATURES, 12), nn.Linear(15, 5)
+        self.stem, self.head = nn.Linear(FEATURES, 12), nn.Linear(11, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.pad(self.stem(x).relu(), (1, 2), mode="reflect"))
+        return self.head(F.pad(self.stem(x).relu(), (-3, 2), mode="reflect"))
 
 
 @torch.fx.wrap
@@ -228,6 +241,7 @@ CASES: dict[str, Case] = {
     ),
     "local_response": Case(LocalResponse, ALL, silent=MID),
     "local_response_layer": Case(LocalResponseLayer, ALL, silent=MID),
+    "smoothed_weight": Case(SmoothedWeight, 13 + 9 + 11, fixed=("head", "mid")),
     "cumulative_sum": Case(CumulativeSum, ALL, silent=MID),
     "smoothed": Case(Smoothed, 12 + 9, tokens(), resizes=False, silent=("stem", "mid")),
     "fourier_mixing": Case(
