@@ -322,6 +322,25 @@ def test_the_code_of_a_model_without_a_graph_stays_and_what_it_counts_is_kept():
     assert any(r.code == "no-graph" for r in result.deps.refusals)
 
 
+def test_channels_along_which_code_without_a_graph_convolves_are_kept():
+    class Gates(ValueBranch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            if x.mean() > 0:
+                x = x + self.depth(x)
+            x = x * self.gate(x.mean((2, 3)).unsqueeze(1)).sigmoid()[:, 0, :, None, None]
+            return self.head(self.last(x).mean((2, 3)))
+
+    result = fp.prune(made(Gates), image(), ratios=0.5)
+    assert result.verdict.ok
+    assert (result.model.stem.out_channels, result.model.last.out_channels) == (12, 5)
+    assert any((r.code, r.op) == ("no-graph", "aten.convolution") for r in result.deps.refusals)
+
+
 POSITIONS = {
     "a list": lambda x: x[:, [7, 0, -1, 7, 3, 2]],
     "a list beside bounds": lambda x: x[:, [7, 0, -1, 7, 3, 2], 1:, :-1],

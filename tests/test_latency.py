@@ -21,7 +21,8 @@ from tests.zoo.models import ZOO, build
 NAMES = (
     "plain_chain residual dense_block depthwise_separable grouped_conv chained_groups mlp "
     "view_flatten view_shuffle pixel_shuffle transposed_grouped inception u_net attention "
-    "torch_attention separate_attention encoder_layer index_select glu dynamic_conv lstm"
+    "torch_attention separate_attention encoder_layer index_select glu dynamic_conv lstm "
+    "efficient_attention electrodes"
 ).split()
 
 

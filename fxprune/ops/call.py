@@ -148,7 +148,6 @@ class Operand:
             return ()
         ledger = self.call.ledger
         ledger.spreads.append(Spread(self.call.index, self.value, axis, labels))
-        ledger.nonempty.append(labels)
         if onward is None or onward.size == 1:
             return ()
         ledger.nonempty.append(onward)
