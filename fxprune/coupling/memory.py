@@ -5,6 +5,7 @@ graph, readers are nodes: what a module is called with is held while it runs. Vi
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,10 +114,12 @@ def _at_full_width(
     Axis by axis the operand is padded and put in order before the call, and the kept positions of
     the result are picked behind it.
     """
+    inside: dict[str, list[int]] = defaultdict(list)
+    for k, record in enumerate(traced.records):
+        inside[record.node].append(k)
     slim, added = dict(pieces), []
     for node, call in calls.items():
-        inside = [k for k, record in enumerate(traced.records) if record.node == node]
-        start, end = inside[0], inside[-1]
+        start, end = inside[node][0], inside[node][-1]
         before = _between(start - 1, start, 2 * len(call.axes))
         for k, axis in enumerate(call.axes):
             padded, ordered, until = (*before, end)[2 * k : 2 * k + 3]
@@ -126,10 +129,10 @@ def _at_full_width(
         source, result = base[call.value], base[call.result]
         if source in slim and slim[source].last == end:
             slim[source] = replace(slim[source], last=before[0])
-        for value, piece in slim.items():
-            if start <= piece.first <= end:
-                whole = call.along(size.ledger.values.get(value, ()))
-                slim[value] = replace(piece, size=size(value, whole))
+        made = (r.id for k in inside[node] for r in traced.records[k].outputs if r is not None)
+        for value in slim.keys() & made:
+            whole = call.along(size.ledger.values.get(value, ()))
+            slim[value] = replace(slim[value], size=size(value, whole))
         if call.picked and result in slim and start <= slim[result].first <= end:
             behind = _between(end, end + 1, len(call.picked))
             for k, picked in enumerate(behind):

@@ -137,7 +137,7 @@ class _GraphRewriter:
         if target in CHANNEL_NORMS:
             self._set_num_features(old, new)
         whole = self.deps.ledger.full_width.get(old.name)
-        if whole is not None and not self.shapes.changed(whole.value):
+        if whole is not None and not self._is_narrower(whole):
             whole = None
         kind = SIZED.get(target)
         if kind is not None and whole is None and self._touches_pruned(old, result):
@@ -216,6 +216,10 @@ class _GraphRewriter:
         new.op, new.target = "call_function", torch.index_select
         new.args, new.kwargs = (self.holder[gather.source], gather.axis, index), {}
         return new
+
+    def _is_narrower(self, call: FullWidth) -> bool:
+        ways = ((call.value, call.axes), (call.result, call.picked))
+        return not all(self.shapes.axis(v, axis).all() for v, axes in ways for axis in axes)
 
     def _at_full_width(self, old: fx.Node, new: fx.Node, call: FullWidth) -> fx.Node:
         """Spread out what a call counts positions of, and pick the kept ones of its result."""
