@@ -111,7 +111,6 @@ class _GraphRewriter:
             self.nodes[old] = new
             if isinstance(result, Ref):
                 self.holder.setdefault(result.id, new)
-            self.slim_results[old.name] = self._slim_result(old, result)
         self._erase_what_became_dead(old_graph)
         self._name_as_before()
         return self.graph
@@ -169,12 +168,18 @@ class _GraphRewriter:
 
     def _in_slim(self, tree: Any) -> Any:
         """Arguments as they evaluate in the slim model."""
-        return fx.map_arg(tree, lambda n: self.slim_results[n.name])
+        return fx.map_arg(tree, self._in_slim_run)
+
+    def _in_slim_run(self, node: fx.Node) -> Any:
+        """What a node gives in the slim model: shapes for tensors, evaluated numbers."""
+        if node.name not in self.slim_results:
+            self.slim_results[node.name] = self._slim_result(node)
+        return self.slim_results[node.name]
 
     def _differs(self, node: fx.Node) -> bool:
         """Whether a node gives a number, and another one in the slim model."""
         before = self.traced.results[node.name]
-        return isinstance(before, (int, float)) and before != self.slim_results[node.name]
+        return isinstance(before, (int, float)) and before != self._in_slim_run(node)
 
     def _edit_sizes(self, old: fx.Node, new: fx.Node, kind: Kind, result: Any) -> None:
         for ref in _refs(result):
@@ -277,11 +282,9 @@ class _GraphRewriter:
             for name, value in new.kwargs.items()
         }
 
-    def _slim_result(self, old: fx.Node, result: Any) -> Any:
-        """What a node gives in the slim model: shapes for tensors, evaluated numbers.
-
-        A number that is read from data (``item()``) is not a size, and stays.
-        """
+    def _slim_result(self, old: fx.Node) -> Any:
+        """The same, worked out. A number that is read from data (``item()``) is no size."""
+        result = self.traced.results[old.name]
         if not _refs(result) and old.op in ("call_function", "call_method") and _numeric(result):
             args, kwargs = self._in_slim(old.args), self._in_slim(old.kwargs)
             try:
