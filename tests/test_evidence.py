@@ -18,7 +18,7 @@ from fxprune.ops.ledger import Role
 from tests.importance_nets import SMALL, Pooled, Stream, TwoReaders, analysed, chain, of
 from tests.test_model_is_preserved import assert_unchanged, model_with_a_past, snapshot
 from tests.zoo.models import ZOO, build
-from tests.zoo.random_net import RandomNet
+from tests.zoo.random_net import WILD, RandomNet
 from tests.zoo.randomize import randomize
 
 LAST = 1e100
@@ -251,7 +251,7 @@ def test_a_gate_is_worth_what_the_columns_that_read_its_channel_are(name: str) -
 
 @pytest.mark.parametrize("seed", range(24))
 def test_gates_of_random_networks_are_worth_their_columns(seed: int) -> None:
-    net = RandomNet(seed, 2 + seed % 9, wild=seed % 2 == 1).double()
+    net = RandomNet(seed, 2 + seed % 9, WILD if seed % 2 else None).double()
     x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(seed)).double()
     assert_gates_are_worth_their_columns(randomize(net, seed).eval(), x)
 

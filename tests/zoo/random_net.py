@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Values = list[Tensor]
+Operation = Callable[["RandomNet", list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Step:
 class RandomNet(nn.Module):
     """Draws ``n_steps`` operations; a linear head reads the spatial mean of every loose end."""
 
-    def __init__(self, seed: int, n_steps: int = 12, *, wild: bool = False) -> None:
+    def __init__(
+        self, seed: int, n_steps: int = 12, operations: Sequence[Operation] | None = None
+    ) -> None:
         super().__init__()
         self.draw = random.Random(seed)
         self.widths = [3]
@@ -34,7 +37,7 @@ class RandomNet(nn.Module):
         for _ in range(n_steps):
             known = range(1, len(self.widths))
             recent = [i for i in known if i >= len(self.widths) - 4]
-            self.draw.choice(WILD if wild else OPERATIONS)(
+            self.draw.choice(operations or OPERATIONS)(
                 self, [self.draw.choice(recent), self.draw.choice(known)]
             )
         used = {i for step in self.steps for i in step.reads}
@@ -313,8 +316,69 @@ class RandomNet(nn.Module):
         if a == b:
             self.push("extremes", reads, a, lambda _, x, y: torch.maximum(x, -y))
 
+    def add_neighbours(self, reads: list[int]) -> None:
+        """A gate made of neighbouring channels, the ends of the axis neighbours too or not."""
+        width, cyclic = self.widths[reads[0]], self.draw.random() < 0.3
+        size = self.draw.choice([3, 5])
+        name = self.layer(nn.Conv1d(1, 1, size))
+        mode, pad = "circular" if cyclic else "constant", (size // 2, size // 2)
 
-OPERATIONS: list[Callable[[RandomNet, list[int]], None]] = [
+        def gate(net: nn.Module, x: Tensor) -> Tensor:
+            y = F.pad(x.mean((2, 3)).unsqueeze(1), pad, mode=mode)
+            return x * getattr(net, name)(y).sigmoid().view(-1, x.size(1), 1, 1)
+
+        self.push("neighbours", reads[:1], width, gate)
+
+    def add_strided(self, reads: list[int]) -> None:
+        """A convolution along channels with a stride, of any kernel and padding."""
+        width = self.widths[reads[0]]
+        size, stride = self.draw.choice([1, 2, 3, 4]), self.draw.choice([1, 1, 2])
+        padding = self.draw.randrange(size // 2 + 1)
+        out = (width + 2 * padding - size) // stride + 1
+        if out < 2:
+            return
+        name = self.layer(nn.Conv2d(1, 1, (size, 1), (stride, 1), (padding, 0)))
+
+        def run(net: nn.Module, x: Tensor) -> Tensor:
+            y = getattr(net, name)(x.flatten(2).unsqueeze(1)).squeeze(1)
+            return y.view(x.size(0), out, *x.shape[2:])
+
+        self.push("strided", reads[:1], out, run)
+
+    def add_sums(self, reads: list[int]) -> None:
+        way = self.draw.randrange(3)
+
+        def run(_: nn.Module, x: Tensor) -> Tensor:
+            if way == 0:
+                return x.cumsum(1) * 0.3
+            if way == 1:
+                return torch.fft.fft(x, dim=1).real * 0.3
+            return x - F.avg_pool2d(x.transpose(1, 2), (3, 1), 1, (1, 0)).transpose(1, 2)
+
+        self.push("sums", reads[:1], self.widths[reads[0]], run)
+
+    def add_response(self, reads: list[int]) -> None:
+        size = self.draw.choice([2, 3, 4])
+        self.push(
+            "response",
+            reads[:1],
+            self.widths[reads[0]],
+            lambda _, x: F.local_response_norm(x, size, alpha=0.5),
+        )
+
+    def add_mirrored(self, reads: list[int]) -> None:
+        width = self.widths[reads[0]]
+        a, b = self.draw.randrange(-1, 3), self.draw.randrange(3)
+        if width < 4:
+            return
+
+        def pad(_: nn.Module, x: Tensor) -> Tensor:
+            return F.pad(x.transpose(1, 2), (0, 0, a, b), mode="reflect").transpose(1, 2)
+
+        self.push("mirrored", reads[:1], width + a + b, pad)
+
+
+OPERATIONS: list[Operation] = [
     RandomNet.add_conv,
     RandomNet.add_conv,
     RandomNet.add_norm,
@@ -348,4 +412,17 @@ WILD = [
     RandomNet.add_interleave,
     RandomNet.add_repeat,
     RandomNet.add_extremes,
+]
+
+# Operators that count positions of a channel axis, among all others.
+COUNTING = [
+    *WILD,
+    *(
+        RandomNet.add_neighbours,
+        RandomNet.add_strided,
+        RandomNet.add_sums,
+        RandomNet.add_response,
+        RandomNet.add_mirrored,
+    )
+    * 3,
 ]
