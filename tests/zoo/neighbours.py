@@ -48,6 +48,31 @@ class CyclicAttention(Between):
         return x * self.neighbours(y).sigmoid().view(x.shape[0], -1, 1, 1).expand_as(x)
 
 
+class Across(nn.Module):
+    """A gate made of the largest and the mean over one axis, by windows over the other two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window, self.norm = nn.Conv2d(2, 1, 5, padding=2, bias=False), nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+        return x * self.norm(self.window(pooled)).sigmoid()
+
+
+class TripletAttention(Between):
+    """Windows over channels and one axis of space, over channels and the other, and over space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns, self.sites = Across(), Across(), Across()
+
+    def between(self, x: Tensor) -> Tensor:
+        rows = self.rows(x.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
+        columns = self.columns(x.permute(0, 3, 2, 1).contiguous()).permute(0, 3, 2, 1)
+        return (rows + columns + self.sites(x)) / 3
+
+
 class SharedNeighbours(Between):
     """One convolution along the channels of two widths."""
 
@@ -236,6 +261,9 @@ CASES: dict[str, Case] = {
     "efficient_attention": Case(EfficientAttention, ALL, either=("neighbours",), silent=MID),
     "efficient_attention_viewed": Case(EfficientAttentionViewed, ALL, silent=MID),
     "cyclic_attention": Case(CyclicAttention, ALL - 2, either=("neighbours", "mid"), silent=MID),
+    "triplet_attention": Case(
+        TripletAttention, ALL, either=("rows", "columns", "sites"), exact=False
+    ),
     "shared_neighbours": Case(
         SharedNeighbours, ALL, either=("neighbours",), silent=(*MID, "last.0", "last.1")
     ),
