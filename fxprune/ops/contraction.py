@@ -15,7 +15,7 @@ import numpy as np
 from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.ledger import Blocks, ChannelRead, Contraction, Folded, Role
-from fxprune.ops.windows import slid
+from fxprune.ops.windows import slid, standing
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 NETWORK_INPUT = (
@@ -179,20 +179,21 @@ def convolution(call: Call) -> tuple[Labels, ...]:
     """
     x, kernel = call["input"], call["weight"].shape[2:]
     first = len(x.shape) - len(kernel)
-    _, along = x.parted(set(range(first)))
+    passing = {*range(first), *standing(call, first, kernel)}
+    _, along = x.parted(passing)
     slides = (
         slid(call, x, axis, labels, axis - first, kernel, call["dilation"])
         for axis, labels in along.items()
     )
-    return ((*over_channels(call), *itertools.chain(*slides)),)
+    return ((*over_channels(call, passing), *itertools.chain(*slides)),)
 
 
-def over_channels(call: Call) -> Labels:
-    """Labels of all but the spatial axes of a convolution."""
+def over_channels(call: Call, axes: set[int]) -> Labels:
+    """Labels of some axes of a convolution: its channels, and others that pass."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     x_channels = len(x.shape) - len(weight.shape) + 1
     weight.confined({0, 1})
-    passing, _ = x.parted(set(range(x_channels + 1)))
+    passing, _ = x.parted(axes)
     labels_in = passing.pop(x_channels, None)
     groups, transposed = call["groups"], call["transposed"]
     if groups == 1:
@@ -303,13 +304,11 @@ def _add_cost(
 ) -> None:
     """Multiply-adds: batch * sites * kernel * (pairs of input and output channels)."""
     kernel = math.prod(weight.shape[2:])
-    spatial = len(weight.shape) - 2
+    channels = len(x.shape) - len(weight.shape) + 1
     shape = x.shape if call["transposed"] else call.shapes[0]
-    sites = math.prod(shape[len(shape) - spatial :]) if spatial else 1
-    leading = range(len(x.shape) - spatial - 1)
-    batch = math.prod(x.shape[axis] for axis in leading if axis not in passing)
+    others = (n for axis, n in enumerate(shape) if axis != channels and axis not in passing)
     groups = call["groups"]
-    scale = float(batch * sites * kernel)
+    scale = float(math.prod(others) * kernel)
     if call.index in call.ledger.group_counts:
         scale *= weight.shape[0] * weight.shape[1] // groups  # pairs of channels per group
         factors = [call.ledger.group_counts[call.index]]

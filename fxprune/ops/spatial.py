@@ -8,7 +8,7 @@ import numpy as np
 from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.reduction import statistic
-from fxprune.ops.windows import slid
+from fxprune.ops.windows import slid, standing
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -16,7 +16,7 @@ Rule = Callable[[Call], tuple[Labels, ...]]
 def per_channel(call: Call) -> tuple[Labels, ...]:
     """The last n axes are space (n is in the operator's name), everything before them passes."""
     x = next(call.operands())
-    labels = x.labelled(set(range(_space(call, x))))
+    labels = x.labelled(_passing(call, x))
     return (tuple(Factor((a,), found) for a, found in labels.items()),) * len(call.results)
 
 
@@ -27,17 +27,22 @@ def _space(call: Call, x: Operand) -> int:
     return len(x.shape) - int(match.group(1))
 
 
+def _passing(call: Call, x: Operand) -> set[int]:
+    first = _space(call, x)
+    counted = "stride" not in call.arguments or (len(call.results) > 1 and call.is_read(1))
+    return {*range(first), *(() if counted else standing(call, first, call["kernel_size"]))}
+
+
 def weighted(call: Call) -> tuple[Labels, ...]:
     """As ``per_channel``, and sites are added up: where they are channels, at full width."""
     x = next(call.operands())
-    first = _space(call, x)
-    leading, along = x.parted(set(range(first)))
+    passing, along = x.parted(_passing(call, x))
     if x.parameter or not along:
         return per_channel(call)
-    factors = [Factor((axis,), labels) for axis, labels in leading.items()]
+    factors = [Factor((axis,), labels) for axis, labels in passing.items()]
     for axis, labels in along.items():
         if "stride" in call.arguments:
-            factors += slid(call, x, axis, labels, axis - first, call["kernel_size"])
+            factors += slid(call, x, axis, labels, axis - _space(call, x), call["kernel_size"])
         else:
             factors += x.spread(axis, labels, None)
     return (tuple(factors),)

@@ -29,7 +29,8 @@ def deform_conv2d(call: Call) -> tuple[Labels, ...]:
         if call["offset_groups"] > 1:
             parts = labels.reshape(call["offset_groups"], -1)
             call.ledger.blocks.append(Blocks(parts, call.node, "torchvision.deform_conv2d"))
-    return (over_channels(replace(call, arguments={**call.arguments, "transposed": False})),)
+    call = replace(call, arguments={**call.arguments, "transposed": False})
+    return (over_channels(call, {0, 1}),)
 
 
 def pooled_regions(call: Call) -> tuple[Labels, ...]:

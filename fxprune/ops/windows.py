@@ -8,6 +8,23 @@ from fxprune.ops.call import Call, Operand
 from fxprune.ops.labels import IntArray, Labels, contiguous
 
 
+def standing(call: Call, first: int, kernel: Sequence[int]) -> set[int]:
+    """Axes along which every window is one position, in its place: labels pass.
+
+    Args:
+        call: the operator, with ``stride`` and ``padding`` among its arguments.
+        first: the first axis with windows.
+        kernel: sizes of a window.
+    """
+    windows = ((kernel, 1), (call["stride"] or kernel, 1), (call["padding"], 0))
+    axes = range(len(call.shapes[0]) - first)
+    return {first + at for at in axes if all(_at(v, at) == n for v, n in windows)}
+
+
+def _at(values: Sequence[int], at: int) -> int:
+    return values[at if len(values) > 1 else 0]
+
+
 def slid(
     call: Call,
     x: Operand,
@@ -28,10 +45,8 @@ def slid(
         kernel: sizes of a window.
         dilation: steps between the positions of a window.
     """
-    size, stride, padding, step = (
-        values[at if len(values) > 1 else 0]
-        for values in (kernel, call["stride"] or kernel, call["padding"], dilation)
-    )
+    windows = (kernel, call["stride"] or kernel, call["padding"], dilation)
+    size, stride, padding, step = (_at(values, at) for values in windows)
     first = np.arange(call.shapes[0][axis]) * stride - padding
     reach = step * (size - 1)
     around = (first + half for half in (reach // 2, (reach + 1) // 2))  # of even windows either

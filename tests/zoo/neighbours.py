@@ -170,6 +170,19 @@ class FeaturesAsSignal(nn.Module):
         return self.head(x.relu().sum(1))
 
 
+class BesideFeatures(nn.Module):
+    """Windows over tokens, which take every feature by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(FEATURES, 12), nn.Linear(12, 5)
+        self.window, self.pool = nn.Conv2d(1, 6, (3, 1), padding=(1, 0)), nn.MaxPool2d((2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.window(self.stem(x).relu().unsqueeze(1)))
+        return self.head(x.relu().sum((1, 2)))
+
+
 class Electrodes(nn.Module):
     """EEGNet: one kernel over all channels of a signal, which stand beside each other as rows."""
 
@@ -281,5 +294,6 @@ CASES: dict[str, Case] = {
     "reflected": Case(Reflected, 12, tokens(), resizes=False, silent=("stem",)),
     "inside_calls": Case(InsideCalls, ALL, silent=MID),
     "gram_neighbours": Case(GramNeighbours, 13, fixed=("head", "mid", "slide")),
+    "beside_features": Case(BesideFeatures, 12 + 6, tokens(), resizes=False, silent=("window",)),
     "electrodes": Case(Electrodes, 13 + 6, tokens(), resizes=False, silent=("stem",)),
 }
