@@ -9,7 +9,7 @@ from fxprune.ops.pointwise import pointwise
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
-__all__ = ["channelwise", "pointwise", "product"]
+__all__ = ["channelwise", "mixing", "pointwise", "product"]
 
 
 def channelwise(argument: str, *, axis: int = 1, affine: Sequence[str] = ()) -> Rule:
@@ -31,6 +31,33 @@ def channelwise(argument: str, *, axis: int = 1, affine: Sequence[str] = ()) -> 
                 vector.follow(0, labels)
         found: Labels = () if labels is None else (Factor((at,), labels),)
         return tuple(found if len(shape) == len(x.shape) else () for shape in call.shapes)
+
+    return rule
+
+
+def mixing(argument: str, *, axis: int = 1) -> Rule:
+    """Positions of the channel axis are added up by their number; other axes and tensors stay.
+
+    As in a convolution along channels, each channel of the result has parts of others. The operator
+    gets all positions, zeros where channels are gone, and so has to be linear in this tensor but
+    for what is added to the result.
+
+    Args:
+        argument: name of the tensor in the operator's schema.
+        axis: its channel axis, which a result of equal size has too.
+    """
+
+    def rule(call: Call) -> tuple[Labels, ...]:
+        x: Operand = call[argument]
+        at = axis % len(x.shape)
+        labels = x.confined({at}).get(at)
+        for other in call.operands():
+            if other is not x:
+                other.confined(set())
+        if labels is None:
+            return ((),) * len(call.results)
+        same = call.shapes[0][at : at + 1] == (labels.size,)
+        return (x.spread(at, labels, labels if same else None), *((),) * (len(call.results) - 1))
 
     return rule
 
