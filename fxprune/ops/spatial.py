@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fxprune.ops.call import FIXED_AXIS, UNTRACKED, Call, Operand
-from fxprune.ops.labels import Factor, Labels
+from fxprune.ops.labels import Factor, IntArray, Labels
 from fxprune.ops.reduction import statistic
 from fxprune.ops.windows import slid, standing
 
@@ -44,8 +44,18 @@ def weighted(call: Call) -> tuple[Labels, ...]:
         if "stride" in call.arguments:
             factors += slid(call, x, axis, labels, axis - _space(call, x), call["kernel_size"])
         else:
-            factors += x.spread(axis, labels, None)
+            factors += x.spread(axis, labels, _padded(call, labels, len(x.shape) - 1 - axis))
     return (tuple(factors),)
+
+
+def _padded(call: Call, labels: IntArray, from_end: int) -> IntArray | None:
+    """Labels of an axis that is padded with copies of its own positions; None elsewhere."""
+    if "_pad" not in call.op:
+        return None
+    before, after = call["padding"][2 * from_end : 2 * from_end + 2]
+    kept = labels[max(-before, 0) : len(labels) - max(-after, 0)]
+    around = max(before, 0), max(after, 0)
+    return np.pad(kept, around, mode="reflect" if "reflection" in call.op else "edge")
 
 
 def batch_norm(call: Call) -> tuple[Labels, ...]:

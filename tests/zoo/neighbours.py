@@ -36,6 +36,18 @@ class EfficientAttentionViewed(Between):
         return x * y.sigmoid().view(x.shape[0], -1, 1, 1).expand_as(x)
 
 
+class MirroredAttention(Between):
+    """The neighbours of the first and the last channel are mirror images, inside one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neighbours = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)
+
+    def between(self, x: Tensor) -> Tensor:
+        y = self.neighbours(x.mean((2, 3)).unsqueeze(1))
+        return x * y.sigmoid().view(x.shape[0], -1, 1, 1)
+
+
 class CyclicAttention(Between):
     """CECA: the first channel and the last are neighbours, so a margin of channels stays."""
 
@@ -273,6 +285,7 @@ ALL = 13 + 8 + 11
 CASES: dict[str, Case] = {
     "efficient_attention": Case(EfficientAttention, ALL, either=("neighbours",), silent=MID),
     "efficient_attention_viewed": Case(EfficientAttentionViewed, ALL, silent=MID),
+    "mirrored_attention": Case(MirroredAttention, ALL, either=("neighbours",), silent=MID),
     "cyclic_attention": Case(CyclicAttention, ALL - 2, either=("neighbours", "mid"), silent=MID),
     "triplet_attention": Case(
         TripletAttention, ALL, either=("rows", "columns", "sites"), exact=False
