@@ -37,13 +37,15 @@ _DETECTOR = "code of a detector that picks boxes by their scores: positions depe
 _ONE_HOT = "a one-hot product with a table of positions, chosen by the input"
 _OUTER = (
     "one key and value for many heads: a column of the next layer belongs to a head and to a "
-    "feature, and the heads go; features go with `head_dims=True`"
+    "feature, and the heads go; features go with `head_dims=True`. Or anchors of a detector, or "
+    "planes, at every place of a picture"
 )
 _POSITIONS = "positions of tokens or pixels, relative ones too: a table has a row for each"
 REASONS: dict[tuple[str, str], str] = {
     ("untracked-axis", "aten.mul"): "rows of a product over tokens (gMLP; its channels go), or a "
     "factor that comes from the input",
-    ("untracked-axis", "aten.add"): "a table of relative positions, or coordinates of the input",
+    ("untracked-axis", "aten.add"): "rows of a product over tokens that are added to the tokens of "
+    "the input (mixers; their channels go), a table of positions, or coordinates of the input",
     ("untracked-axis", "aten.cat"): "coordinates of the input beside channels",
     ("untracked-axis", "aten.copy"): _DETECTOR,
     ("unknown-index", "aten.index"): "positions that the input chooses",
