@@ -447,9 +447,13 @@ def _spatial() -> list[Sample]:
         S(aten.col2im.default, "to one channel", "", X(2, 6, 12), [4, 6], [2, 3], *ones),
         S(aten.col2im.default, "unfolded, folded", "a1",
           do(aten.im2col.default, X(2, 5, 4, 6), [2, 3], *ones), [4, 6], [2, 3], *ones),
-        S(sample2, "image", "a1", X(2, 5, 4, 6), X(2, 3, 7, 2), 0, 0, False),
+        S(sample2, "image", "a0 a1 b0 b1 b2", X(2, 5, 4, 6), X(2, 3, 7, 2), 0, 0, False),
         S(sample2, "grid untracked", "a1", X(2, 5, 4, 6), U(2, 3, 7, 2), 0, 1, True),
-        S(sample3, "volume", "a1", X(1, 5, 4, 3, 6), X(1, 3, 2, 7, 3), 0, 0, False),
+        S(sample2, "batch of the image alone", "a1 b1 b2",
+          X(2, 5, 4, 6), X(2, 3, 7, 2, axes=(1, 2, 3)), 0, 0, False),
+        S(sample2, "batch of the places alone", "a1", X(2, 5, 4, 6, axes=(1,)),
+          X(2, 3, 7, 2, axes=(0,)), 0, 0, False),
+        S(sample3, "volume", "a1 b1 b2 b3", X(1, 5, 4, 3, 6), X(1, 3, 2, 7, 3), 0, 0, False),
     ]
 
 

@@ -66,18 +66,25 @@ def _analyze(traced: TracedModel) -> DependencyGraph:
 
 
 def _solved(traced: TracedModel) -> tuple[Ledger, Solution]:
-    """Labels and channels. A grouped convolution that can lose no channels may lose groups.
+    """Labels and channels, where need be in another reading.
 
-    That is so where all channels of a group go together, such as those of attention heads.
+    A grouped convolution that can lose no channels may lose groups: where all channels of a group
+    go together, such as those of attention heads. Where a value of heads meets another one along
+    an axis that has to stay, such as coordinates, heads may go.
     """
-    whole: frozenset[int] = frozenset()
+    whole, first = frozenset[int](), frozenset[int]()
     while True:
-        ledger = label(traced, whole)
+        ledger = label(traced, whole, first)
         solution = solve(ledger)
         stuck = {record for record, sides in ledger.equal_groups.items() if _tied(solution, sides)}
-        if not stuck:
+        stay = {r for r, labels in ledger.choices.items() if _stay(solution, labels)}
+        if not stuck and not stay:
             return ledger, solution
-        whole |= stuck
+        whole, first = whole | stuck, first | stay
+
+
+def _stay(solution: Solution, labels: IntArray) -> bool:
+    return bool((solution.class_of[labels] >= solution.n_channels).all())
 
 
 def _tied(solution: Solution, sides: tuple[IntArray, IntArray]) -> bool:

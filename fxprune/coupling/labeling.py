@@ -51,12 +51,18 @@ OUTPUT = (
 )
 
 
-def label(traced: TracedModel, whole_groups: frozenset[int] = frozenset()) -> Ledger:
+def label(
+    traced: TracedModel,
+    whole_groups: frozenset[int] = frozenset(),
+    settled_first: frozenset[int] = frozenset(),
+) -> Ledger:
     """Labels, equations, roles and costs of everything one run executed.
 
     Args:
         traced: the captured model.
         whole_groups: records of grouped convolutions that lose groups, not channels of each group.
+        settled_first: records that leave of parts of an axis the first to be told apart, such as
+            heads, not those that another operand has labels for.
     """
     buffers = frozenset(v.name for v in traced.values if v.kind == "buffer")
     grouped = _grouped_weights(traced)
@@ -65,6 +71,7 @@ def label(traced: TracedModel, whole_groups: frozenset[int] = frozenset()) -> Le
         grouped=grouped,
         head_dims=traced.head_dims,
         whole_groups=whole_groups,
+        settled_first=settled_first,
         read=frozenset(_read(traced)),
     )
     for index, record in enumerate(traced.records):

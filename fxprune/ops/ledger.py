@@ -188,6 +188,10 @@ class Ledger:
     # Of convolutions whose groups lose equally many: what each group reads, and what it makes.
     equal_groups: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
     whole_groups: frozenset[int] = frozenset()  # convolutions whose groups go as wholes
+    # Joint factors that were settled where another operand has labels, by record; and records in
+    # which they are settled on their first axis instead.
+    choices: dict[int, IntArray] = field(default_factory=dict)
+    settled_first: frozenset[int] = frozenset()
     nonempty: list[IntArray] = field(default_factory=list)
     values: dict[int, Labels] = field(default_factory=dict)
     read: frozenset[int] = frozenset()  # values that an operator reads, or the model returns

@@ -64,15 +64,20 @@ Known = list[tuple[Operand, dict[int, Factor]]]
 def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> Known:
     """Labels per axis of every operand that is no parameter itself.
 
-    A joint factor keeps the axis on which another operand has labels, else its first.
+    A joint factor keeps the axis on which another operand has labels, else its first. If these turn
+    out to stay, it is the first one too.
     """
-    held = {
-        a + ndim - len(o.shape)
-        for o in operands
-        for f in o.labels
-        for a in f.axes
-        if len(f.axes) == 1 and not (f.copies or call.ledger.of_buffer(f.labels))
-    }
+    held = (
+        set()
+        if call.index in call.ledger.settled_first
+        else {
+            a + ndim - len(o.shape)
+            for o in operands
+            for f in o.labels
+            for a in f.axes
+            if len(f.axes) == 1 and not (f.copies or call.ledger.of_buffer(f.labels))
+        }
+    )
     known: Known = []
     for operand in operands:
         shift, found = ndim - len(operand.shape), {}
@@ -81,7 +86,10 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
             if len(factor.axes) > 1:
                 if done.issuperset(a + shift for a in factor.axes):
                     continue
-                single = call.settle(factor, *[a for a in factor.axes if a + shift in held])
+                shared = [a for a in factor.axes if a + shift in held]
+                single = call.settle(factor, *shared)
+                if shared:
+                    call.ledger.choices[call.index] = single.labels
             found[single.axes[0]] = single
         known.append((operand, found))
     return known

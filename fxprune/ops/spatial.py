@@ -123,11 +123,20 @@ def _area(kernel: list[int]) -> int:
 
 
 def grid_sample(call: Call) -> tuple[Labels, ...]:
-    """Samples every channel at the same places."""
+    """Samples every channel at the same places, which are space of the result.
+
+    What lies along the batch of both, such as heads that were merged with it, passes.
+    """
     x, grid = call["input"], call["grid"]
-    grid.confined(set())
-    labels = x.confined({1}).get(1)
-    return (() if labels is None else (Factor((1,), labels),),)
+    found, places = x.confined({0, 1}), grid.confined({*range(len(grid.shape) - 1)})
+    mine, its = found.pop(0, None), places.pop(0, None)
+    if mine is not None and its is not None:
+        call.ledger.equate(mine, its)
+        found[0] = mine
+    elif mine is not None or its is not None:
+        call.freeze(its if mine is None else mine, *UNTRACKED)
+    found |= {axis + 1: labels for axis, labels in places.items()}
+    return (tuple(Factor((axis,), labels) for axis, labels in sorted(found.items())),)
 
 
 _LARGEST = "max_pool{n}d max_pool{n}d_with_indices adaptive_max_pool{n}d"

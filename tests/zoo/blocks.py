@@ -26,6 +26,30 @@ class SelectiveKernel(nn.Module):
         return self.head((branches * weights[:, :, :, None, None]).sum(dim=1))
 
 
+class DeformableAttention(nn.Module):
+    """Heads sample a picture around points that the network predicts, which it returns as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.where = conv_bn(3, 12), nn.Linear(12, 2)
+        self.value, self.out, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+        self.offsets, self.weights = nn.Linear(12, 3 * 5 * 2), nn.Linear(12, 3 * 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        n, _, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        points = self.where(tokens).sigmoid()
+        value = self.value(tokens).view(n, h * w, 3, 4).permute(0, 2, 3, 1).reshape(n * 3, 4, h, w)
+        offsets = self.offsets(tokens).view(n, h * w, 3, 5, 2) / 5 * points[:, :, None, None]
+        places = (points[:, :, None, None] + offsets) * 2 - 1
+        weights = self.weights(tokens).view(n, h * w, 3, 5).softmax(-1)
+        y = F.grid_sample(value, places.transpose(1, 2).flatten(0, 1), align_corners=False)
+        y = (y * weights.transpose(1, 2).reshape(n * 3, 1, h * w, 5)).sum(-1)
+        y = y.view(n, 12, h * w).transpose(1, 2)
+        return self.head((tokens + self.out(y)).mean(1)), points
+
+
 class ChannelAttention(nn.Module):
     """CBAM's channel gate: one MLP of 1x1 convolutions for the mean and the maximum."""
 
@@ -255,6 +279,7 @@ def tokens(batch: int, height: int, width: int, generator: torch.Generator) -> I
 
 CASES: dict[str, Case] = {
     "selective_kernel": Case(SelectiveKernel, 11 + 7),
+    "deformable_attention": Case(DeformableAttention, 12 + 3, fixed=("head", "where")),
     "channel_attention": Case(ChannelAttention, 13 + 5 + 11),
     "ghost": Case(Ghost, 11 + 13),
     "res2net": Case(Res2Net, 5 + 5 + 5 + 5 + 5),
