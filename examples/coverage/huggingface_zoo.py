@@ -101,6 +101,16 @@ DETR = {
     "decoder_ffn_dim": 80,
     "num_queries": 9,
 }
+DEFORMABLE = {
+    **DETR,
+    "d_model": 64,
+    "num_feature_levels": 4,
+    "backbone_config": {
+        "model_type": "resnet",
+        **RESNET,
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+}
 
 ARCHITECTURES = {
     # encoders
@@ -277,6 +287,9 @@ ARCHITECTURES = {
         PIXELS,
     ),
     "detr": Architecture("DetrForObjectDetection", "DetrConfig", DETR, PIXELS),
+    "deformable-detr": Architecture(
+        "DeformableDetrForObjectDetection", "DeformableDetrConfig", DEFORMABLE, PIXELS
+    ),
     # image and text
     "clip": Architecture(
         "CLIPModel", "CLIPConfig", TWO_TOWERS | {"projection_dim": 24}, TOKENS | PIXELS
