@@ -309,6 +309,11 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
+def refs_of(tree: Any) -> list[Ref]:
+    """Recorded tensors among the leaves of a nest of containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Ref)]
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """Leaves of a nest of containers; a Ref is a leaf."""
     leaves: list[Any] = torch.utils._pytree.tree_leaves(tree)

@@ -77,14 +77,14 @@ def _solved(traced: TracedModel) -> tuple[Ledger, Solution]:
         ledger = label(traced, whole, first)
         solution = solve(ledger)
         stuck = {record for record, sides in ledger.equal_groups.items() if _tied(solution, sides)}
-        stay = {r for r, labels in ledger.choices.items() if _stay(solution, labels)}
+        stay = {record for record, chosen in ledger.choices.items() if _stay(solution, chosen)}
         if not stuck and not stay:
             return ledger, solution
         whole, first = whole | stuck, first | stay
 
 
-def _stay(solution: Solution, labels: IntArray) -> bool:
-    return bool((solution.class_of[labels] >= solution.n_channels).all())
+def _stay(solution: Solution, chosen: Iterable[IntArray]) -> bool:
+    return all((solution.class_of[labels] >= solution.n_channels).all() for labels in chosen)
 
 
 def _tied(solution: Solution, sides: tuple[IntArray, IntArray]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import fx
 
-from fxprune.capture.record import tree_leaves
+from fxprune.capture.record import refs_of
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.ops.labels import IntArray, Labels
 from fxprune.ops.ledger import FullWidth, Ledger, Spread
@@ -65,12 +65,12 @@ class _Calls:
         made: set[int] = set()
         read: set[int] = set()
         for k, record in self.inside[node].items():
-            for ref in _refs((record.args, record.kwargs)):
+            for ref in refs_of((record.args, record.kwargs)):
                 named = self.traced.values[ref.id].name
                 weight = bool(named) or ref.id in self.ledger.weights
                 if ref.id not in made and not (weight and k in counting):
                     read.add(ref.id)
-            made.update(ref.id for ref in _refs(record.outputs))
+            made.update(ref.id for ref in refs_of(record.outputs))
         return read.pop() if len(read) == 1 else None
 
     def _is_alone(self, node: str, labels: IntArray) -> bool:
@@ -104,7 +104,3 @@ def _with(
             axes += only
             found.append(factor.labels.ravel())
     return tuple(axes), np.concatenate(found)
-
-
-def _refs(tree: object) -> list[Ref]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Ref)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.capture.record import return_aliases, tree_leaves, written_arguments
+from fxprune.capture.record import refs_of, return_aliases, written_arguments
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.coupling.full_width import calls_at_full_width
 from fxprune.errors import Refusal
@@ -87,7 +87,7 @@ def _read(traced: TracedModel) -> Iterator[int]:
     """Values that an operator reads, or the model returns."""
     output = next(n for n in reversed(traced.graph_module.graph.nodes) if n.op == "output")
     for tree in (*((r.args, r.kwargs) for r in traced.records), traced.results[output.name]):
-        yield from (leaf.id for leaf in tree_leaves(tree) if isinstance(leaf, Ref))
+        yield from (ref.id for ref in refs_of(tree))
 
 
 def _hold_what_is_left_alone(traced: TracedModel, ledger: Ledger) -> None:
@@ -256,12 +256,7 @@ def _refuse_opaque_calls(traced: TracedModel, ledger: Ledger) -> None:
         _refuse_new_operators(traced, ledger)
         return
     nodes = {n.name: n for n in traced.graph_module.graph.nodes}
-    visible = {
-        ref.id
-        for result in traced.results.values()
-        for ref in torch.utils._pytree.tree_leaves(result)
-        if isinstance(ref, Ref)
-    }
+    visible = {ref.id for result in traced.results.values() for ref in refs_of(result)}
     ledger.full_width = calls_at_full_width(traced, ledger)
     for use in ledger.sized:
         record = traced.records[use.record]

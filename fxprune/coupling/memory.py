@@ -8,13 +8,12 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
-from fxprune.capture.record import return_aliases, tree_leaves
+from fxprune.capture.record import refs_of, return_aliases
 from fxprune.capture.traced import Record, Ref, TracedModel
 from fxprune.cost import CostModel, PeakMemory, Term
 from fxprune.ops.labels import IntArray
@@ -152,14 +151,14 @@ def _lifetimes(traced: TracedModel, base: Sequence[int]) -> tuple[dict[int, int]
         for ref in (r for r in record.outputs if r is not None):
             if base[ref.id] == ref.id and traced.values[ref.id].kind in ("result", "constant"):
                 made.setdefault(ref.id, k)
-        for ref in _refs((record.args, record.kwargs, record.outputs)):
+        for ref in refs_of((record.args, record.kwargs, record.outputs)):
             last[base[ref.id]] = k
     now = -1
     for node in traced.graph_module.graph.nodes:
         now = max(now, end_of.get(node.name, -1))
         until = len(traced.records) if node.op == "output" else now
         for used in node.all_input_nodes:
-            for ref in _refs(traced.results.get(used.name)):
+            for ref in refs_of(traced.results.get(used.name)):
                 last[base[ref.id]] = max(last.get(base[ref.id], -1), until)
     return made, last
 
@@ -200,7 +199,3 @@ def _sources(record: Record) -> dict[str, Ref]:
             if k == 0 and record.op in _VIEWS:
                 found["*"] = given
     return found
-
-
-def _refs(tree: Any) -> list[Ref]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Ref)]

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from fxprune.capture.record import tree_leaves
-from fxprune.capture.traced import Record, Ref
+from fxprune.capture.record import refs_of
+from fxprune.capture.traced import Ref
 from fxprune.coupling.graph import DependencyGraph
 from fxprune.ops.call import base_name
 from fxprune.ops.labels import IntArray
@@ -118,7 +118,7 @@ def _summed(deps: DependencyGraph) -> tuple[dict[str, BoolArray], BoolArray]:
     for index, record in enumerate(deps.traced.records):
         if record.node != node:
             node, inner = record.node, set()
-        refs = list(_refs(record))
+        refs = refs_of((record.args, record.kwargs))
         if contracting.get(index):
             weights, others = (np.zeros(deps.n_channels, dtype=bool) for _ in range(2))
             for ref in refs:
@@ -147,11 +147,6 @@ def _contracting(deps: DependencyGraph) -> dict[int, bool]:
 def _mark(mask: BoolArray, carried: Iterable[IntArray]) -> None:
     for channels in carried:
         mask[channels[(channels >= 0) & (channels < len(mask))]] = True
-
-
-def _refs(record: Record) -> Iterator[Ref]:
-    leaves = tree_leaves((record.args, record.kwargs))
-    yield from (leaf for leaf in leaves if isinstance(leaf, Ref))
 
 
 def _is_weight(deps: DependencyGraph, node: fx.Node) -> bool:

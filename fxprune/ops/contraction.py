@@ -179,8 +179,7 @@ def convolution(call: Call) -> tuple[Labels, ...]:
     """
     x, kernel = call["input"], call["weight"].shape[2:]
     first = len(x.shape) - len(kernel)
-    passing = {*range(first), *standing(call, first, kernel)}
-    _, along = x.parted(passing)
+    passing, along = x.parted({*range(first), *standing(call, first, kernel)})
     slides = (
         slid(call, x, axis, labels, axis - first, kernel, call["dilation"])
         for axis, labels in along.items()
@@ -188,12 +187,16 @@ def convolution(call: Call) -> tuple[Labels, ...]:
     return ((*over_channels(call, passing), *itertools.chain(*slides)),)
 
 
-def over_channels(call: Call, axes: set[int]) -> Labels:
-    """Labels of some axes of a convolution: its channels, and others that pass."""
+def over_channels(call: Call, passing: dict[int, IntArray]) -> Labels:
+    """Labels of the result of a convolution, but for axes that its kernel slides along.
+
+    Args:
+        call: the convolution.
+        passing: labels of the input per axis: of its channels, and of axes that pass.
+    """
     x, weight, bias = call["input"], call["weight"], call["bias"]
     x_channels = len(x.shape) - len(weight.shape) + 1
     weight.confined({0, 1})
-    passing, _ = x.parted(axes)
     labels_in = passing.pop(x_channels, None)
     groups, transposed = call["groups"], call["transposed"]
     if groups == 1:

@@ -190,7 +190,7 @@ class Ledger:
     whole_groups: frozenset[int] = frozenset()  # convolutions whose groups go as wholes
     # Joint factors that were settled where another operand has labels, by record; and records in
     # which they are settled on their first axis instead.
-    choices: dict[int, IntArray] = field(default_factory=dict)
+    choices: dict[int, list[IntArray]] = field(default_factory=dict)
     settled_first: frozenset[int] = frozenset()
     nonempty: list[IntArray] = field(default_factory=list)
     values: dict[int, Labels] = field(default_factory=dict)

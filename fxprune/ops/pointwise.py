@@ -67,17 +67,14 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
     A joint factor keeps the axis on which another operand has labels, else its first. If these turn
     out to stay, it is the first one too.
     """
-    held = (
-        set()
-        if call.index in call.ledger.settled_first
-        else {
-            a + ndim - len(o.shape)
-            for o in operands
-            for f in o.labels
-            for a in f.axes
-            if len(f.axes) == 1 and not (f.copies or call.ledger.of_buffer(f.labels))
-        }
-    )
+    others = () if call.index in call.ledger.settled_first else operands
+    held = {
+        a + ndim - len(o.shape)
+        for o in others
+        for f in o.labels
+        for a in f.axes
+        if len(f.axes) == 1 and not (f.copies or call.ledger.of_buffer(f.labels))
+    }
     known: Known = []
     for operand in operands:
         shift, found = ndim - len(operand.shape), {}
@@ -89,7 +86,7 @@ def _settled(call: Call, operands: list[Operand], ndim: int, done: set[int]) -> 
                 shared = [a for a in factor.axes if a + shift in held]
                 single = call.settle(factor, *shared)
                 if shared:
-                    call.ledger.choices[call.index] = single.labels
+                    call.ledger.choices.setdefault(call.index, []).append(single.labels)
             found[single.axes[0]] = single
         known.append((operand, found))
     return known

@@ -84,7 +84,7 @@ def mixing(axes: Callable[[Call], set[int]], *, linear: bool = False) -> Rule:
         mixed = axes(call)
         found = x.axes()
         if linear and not call.in_place:
-            return (_added_up(call, x, mixed),)
+            return (added_up(call, x, found, mixed),)
         for axis in sorted(mixed & found.keys()):
             call.freeze(found[axis], *MIXES)
         for other in call.operands():
@@ -96,11 +96,18 @@ def mixing(axes: Callable[[Call], set[int]], *, linear: bool = False) -> Rule:
     return rule
 
 
-def _added_up(call: Call, x: Operand, mixed: set[int]) -> Labels:
-    found = x.axes()
+def added_up(call: Call, x: Operand, found: Mapping[int, IntArray], mixed: set[int]) -> Labels:
+    """Labels of a result to which positions along some axes are added up, at full width.
+
+    Args:
+        call: the operator.
+        x: what is added up.
+        found: its labels per axis.
+        mixed: along which axes; those of equal size in the result have channels there too.
+    """
     factors = [Factor((axis,), labels) for axis, labels in found.items() if axis not in mixed]
     for axis in sorted(mixed & found.keys()):
-        same = call.shapes[0][axis] == found[axis].size
+        same = call.shapes[0][axis : axis + 1] == (found[axis].size,)
         factors += x.spread(axis, found[axis], found[axis] if same else None)
     return tuple(factors)
 

@@ -6,6 +6,7 @@ from fxprune.ops import contraction
 from fxprune.ops.call import Call, Operand
 from fxprune.ops.labels import Factor, Labels
 from fxprune.ops.pointwise import pointwise
+from fxprune.ops.reduction import added_up
 
 Rule = Callable[[Call], tuple[Labels, ...]]
 
@@ -50,14 +51,11 @@ def mixing(argument: str, *, axis: int = 1) -> Rule:
     def rule(call: Call) -> tuple[Labels, ...]:
         x: Operand = call[argument]
         at = axis % len(x.shape)
-        labels = x.confined({at}).get(at)
         for other in call.operands():
             if other is not x:
                 other.confined(set())
-        if labels is None:
-            return ((),) * len(call.results)
-        same = call.shapes[0][at : at + 1] == (labels.size,)
-        return (x.spread(at, labels, labels if same else None), *((),) * (len(call.results) - 1))
+        labels = added_up(call, x, x.confined({at}), {at})
+        return (labels, *((),) * (len(call.results) - 1))
 
     return rule
 

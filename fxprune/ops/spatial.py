@@ -37,7 +37,7 @@ def weighted(call: Call) -> tuple[Labels, ...]:
     """As ``per_channel``, and sites are added up: where they are channels, at full width."""
     x = next(call.operands())
     passing, along = x.parted(_passing(call, x))
-    if x.parameter or not along:
+    if x.parameter:
         return per_channel(call)
     factors = [Factor((axis,), labels) for axis, labels in passing.items()]
     for axis, labels in along.items():

@@ -30,7 +30,8 @@ def deform_conv2d(call: Call) -> tuple[Labels, ...]:
             parts = labels.reshape(call["offset_groups"], -1)
             call.ledger.blocks.append(Blocks(parts, call.node, "torchvision.deform_conv2d"))
     call = replace(call, arguments={**call.arguments, "transposed": False})
-    return (over_channels(call, {0, 1}),)
+    passing, _ = x.parted({0, 1})
+    return (over_channels(call, passing),)
 
 
 def pooled_regions(call: Call) -> tuple[Labels, ...]:

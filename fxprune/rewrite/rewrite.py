@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.capture.record import refs_of
 from fxprune.capture.symbolic import build_graph_module
 from fxprune.capture.traced import Ref, TracedModel
 from fxprune.coupling import DependencyGraph, analyze
@@ -144,14 +145,14 @@ class _GraphRewriter:
             at, name = DATA_ARGUMENT.get(target, (len(new.args), ""))
             data = [k == at for k in range(len(new.args))], {name}
             self._restore_data(old, new, *data)
-        elif _refs(result):
+        elif refs_of(result):
             self._restore_data(old, new, [True] * len(new.args), set(new.kwargs))
         if old.op == "call_function" and old.name in self.call_groups:
             _set_call_groups(new, self.call_groups[old.name])
         return new if whole is None else self._at_full_width(old, new, whole)
 
     def _set_num_features(self, old: fx.Node, new: fx.Node) -> None:
-        (x,) = _refs(self._in_original((old.args, old.kwargs)))
+        (x,) = refs_of(self._in_original((old.args, old.kwargs)))
         module: Any = self.traced.graph_module.get_submodule(str(old.target))
         slim: Any = self.root.get_submodule(str(new.target))
         shape = self.traced.values[x.id].shape
@@ -159,8 +160,8 @@ class _GraphRewriter:
         slim.num_features = int(self.shapes.axis(x.id, axis).sum())
 
     def _touches_pruned(self, old: fx.Node, result: Any) -> bool:
-        operands = _refs(self._in_original((old.args, old.kwargs)))
-        return any(self.shapes.changed(r.id) for r in (*operands, *_refs(result)))
+        operands = refs_of(self._in_original((old.args, old.kwargs)))
+        return any(self.shapes.changed(r.id) for r in (*operands, *refs_of(result)))
 
     def _in_original(self, tree: Any) -> Any:
         """Arguments as they were in the original run."""
@@ -182,7 +183,7 @@ class _GraphRewriter:
         return isinstance(before, (int, float)) and before != self._in_slim_run(node)
 
     def _edit_sizes(self, old: fx.Node, new: fx.Node, kind: Kind, result: Any) -> None:
-        for ref in _refs(result):
+        for ref in refs_of(result):
             if not self._dies(ref):
                 self.shapes.check_rectangular(ref.id, new.name)
         values = self._in_original(old.args)
@@ -285,7 +286,7 @@ class _GraphRewriter:
     def _slim_result(self, old: fx.Node) -> Any:
         """The same, worked out. A number that is read from data (``item()``) is no size."""
         result = self.traced.results[old.name]
-        if not _refs(result) and old.op in ("call_function", "call_method") and _numeric(result):
+        if not refs_of(result) and old.op in ("call_function", "call_method") and _numeric(result):
             args, kwargs = self._in_slim(old.args), self._in_slim(old.kwargs)
             try:
                 if old.op == "call_method":
@@ -313,10 +314,6 @@ def _ranks(kept: BoolArray) -> IntArray:
     """Where each kept position comes to lie."""
     ranks: IntArray = np.cumsum(kept) - 1
     return ranks
-
-
-def _refs(tree: Any) -> list[Ref]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Ref)]
 
 
 def _numeric(result: Any) -> bool:
