@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,41 @@ def test_a_model_that_cannot_be_traced(frontend: str) -> None:
     )
     assert "BranchOnValues" in message
     assert "control flow" in message.lower()
+
+
+class Draws(nn.Module):
+    """Python's random numbers decide what it computes, or do not, although it draws some."""
+
+    def __init__(self, outcome: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.outcome = nn.Linear(4, 8), nn.Linear(8, 3), outcome
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.outcome(self.first(x).relu()))
+
+
+OUTCOMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a branch": lambda x: x if random.random() < 0.5 else x * 2,
+    "a factor": lambda x: x * random.random(),
+    "a choice of NumPy": lambda x: x * float(np.random.choice([1, 2])),
+}
+
+
+@pytest.mark.parametrize("frontend", ["auto", "symbolic", "export", "eager"])
+@pytest.mark.parametrize("what", OUTCOMES)
+def test_a_model_whose_outputs_depend_on_numbers_that_python_draws(
+    what: str, frontend: str
+) -> None:
+    model, x = Draws(OUTCOMES[what]).eval(), torch.randn(2, 4)
+    before = random.getstate(), np.random.get_state()[2]
+    with pytest.raises(fp.CaptureError, match="draws random numbers of Python or NumPy"):
+        fp.trace(model, x, frontend=frontend)
+    assert (random.getstate(), np.random.get_state()[2]) == before
+
+
+def test_numbers_that_python_draws_and_nobody_uses_are_no_matter() -> None:
+    model, x = Draws(lambda x: x if random.random() < 2 else -x).eval(), torch.randn(2, 4)
+    assert fp.prune(model, x, ratios=0.5).verdict.ok
 
 
 def test_a_capture_that_differs_from_the_model() -> None:

@@ -6,9 +6,11 @@ tensors and proxies there.
 """
 
 import contextlib
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -94,6 +96,22 @@ def in_mode(*models: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for m, before in saved:
             m.training = before
+
+
+@contextlib.contextmanager
+def drawing_kept() -> Iterator[Callable[[], bool]]:
+    """Outside, Python's and NumPy's random numbers go on as before; gives whether any was drawn."""
+
+    def at() -> tuple[object, ...]:
+        drawn: Any = np.random.get_state(legacy=False)
+        return random.getstate(), drawn["state"]["key"].tobytes(), drawn["state"]["pos"]
+
+    python, numpy, before = random.getstate(), np.random.get_state(), at()
+    try:
+        yield lambda: at() != before
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def reseed() -> None:

@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import fnmatch
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -19,7 +21,7 @@ from fxprune.capture.kernels import plain_kernels
 from fxprune.capture.meta import MetaKernels
 from fxprune.capture.program import batch_size, with_one_more
 from fxprune.capture.record import Recording, record_call, record_graph, tree_leaves
-from fxprune.capture.state import attributes_kept
+from fxprune.capture.state import attributes_kept, drawing_kept
 from fxprune.capture.stored import stored_weights
 from fxprune.capture.symbolic import opaque_nodes, symbolic_graph
 from fxprune.capture.traced import TracedModel
@@ -80,10 +82,13 @@ def trace(
     with (
         _unchanged(model),
         torch.random.fork_rng(devices=_devices(model)),
+        drawing_kept() as drawn,
         plain_kernels(),
         collector_paused(),
     ):
         eager, kernels, reads = _record_eager(model, inputs, named)
+        if drawn():
+            _check_outcome(model, inputs, named, eager)
         session = _Session(model, inputs, named, eager, kernels, reads)
         captured = session.choose() if frontend == "auto" else session.capture(frontend)
     _copy_modes(model, captured.graph_module)
@@ -314,6 +319,26 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for tensor, version, content in state:
                 if tensor._version != version:
                     tensor.copy_(content)
+
+
+def _check_outcome(
+    model: nn.Module, inputs: BoundInputs, named: list[Named], eager: Recording
+) -> None:
+    """Raise CaptureError where numbers that Python draws decide what a model computes."""
+    for seed in range(_DRAWS):
+        random.seed(seed)
+        np.random.seed(seed)
+        again, _, _ = _record_eager(model, inputs, named)
+        if not same_computation(eager, again):
+            raise CaptureError(
+                f"{type(model).__name__} draws random numbers of Python or NumPy in evaluation "
+                "mode, and they decide what it computes; a graph would hold a single outcome. Draw "
+                "them in training only, or outside of the model"
+            )
+
+
+# How often a model that draws is run again: a branch of one half stays hidden once in 65536.
+_DRAWS = 16
 
 
 def _check_same(model: nn.Module, eager: Recording, found: _Unchecked) -> None:
